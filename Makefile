@@ -1,0 +1,59 @@
+# Everything that a developer or a newcomer does with this repository; `make help` lists it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK_FLAGS := --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet
+
+# Some machines forbid bytecode, and importing ccxt without it costs seconds at every start.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help setup run run-live test check format bench lock clean
+
+help: ## Show what can be done here
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## Install everything into .venv (done by the other commands when needed)
+
+$(VENV)/.ready: requirements-bootstrap.lock requirements-dev.lock pyproject.toml
+	@echo "Setting up $(VENV) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bootstrap.lock
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode requirements-dev.lock
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m compileall -q data-service/src
+	@touch $@
+
+run: setup ## Run the service on a simulated market, with BTC and ETH collected (Ctrl-C stops it)
+	@exec $(BIN)/cb-trade-data demo
+
+run-live: setup ## The same on the real exchanges
+	@exec $(BIN)/cb-trade-data demo --live
+
+test: setup ## Run every test
+	@$(BIN)/python -m pytest
+
+check: setup ## Lint, types and the architecture rules
+	@$(BIN)/ruff format --check data-service
+	@$(BIN)/ruff check data-service
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest --quiet data-service/tests/unit/test_layers.py
+
+format: setup ## Format the code and mend what the linter can
+	@$(BIN)/ruff format data-service
+	@$(BIN)/ruff check --fix data-service
+
+bench: setup ## Run the benchmarks
+	@for bench in data-service/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+
+lock: setup ## Make the locks anew from pyproject.toml
+	@$(BIN)/uv pip compile $(LOCK_FLAGS) --group bootstrap -o requirements-bootstrap.lock
+	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml -o requirements.lock
+	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
+
+clean: ## Remove the environment and every cache (collected data stays)
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find data-service -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,184 @@
+"""What is being collected, and what its subscribers are told."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from domain.candle import Candle
+from domain.entry import Entry
+from domain.gap import Gap
+from domain.series import Series
+from errors import DataServiceError
+from target_management.interfaces import Target
+
+
+class SlowConsumer(DataServiceError):
+    """A subscriber reads slower than what may not be dropped arrives."""
+
+
+class TargetState(StrEnum):
+    """Where a target stands."""
+
+    STARTING = "starting"
+    LIVE = "live"
+    BACKFILLING = "backfilling"
+    DEGRADED = "degraded"
+    REMOVING = "removing"
+    DELISTED = "delisted"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStatus:
+    """A target and how it does. ``last_entry`` is the open (ms) of its newest stored period and
+    ``lag_ms`` how far the market is past that period's end; both None while nothing is stored."""
+
+    target: Target
+    state: TargetState
+    last_entry: int | None
+    lag_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AddCoinResult:
+    status: Literal["added", "already_collecting"]
+    target: TargetStatus
+
+
+@dataclass(frozen=True, slots=True)
+class MarketAvailability:
+    exchange: str
+    market: str
+    collecting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Where a coin can be had. ``unreachable`` names the exchanges that could not be asked."""
+
+    coin: str
+    markets: tuple[MarketAvailability, ...]
+    unreachable: tuple[str, ...]
+
+    @property
+    def available(self) -> bool:
+        return bool(self.markets)
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionStarted:
+    """Always the first event. The first closed candle told is the one after ``last_closed``."""
+
+    series: Series
+    market: str
+    last_closed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FormingCandle:
+    """A candle whose period is not over; the newest replaces one that was not sent yet."""
+
+    candle: Candle
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedCandle:
+    """A stored entry. ``late`` when a gap was told in its place before."""
+
+    entry: Entry
+    late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GapTold:
+    """Periods without an entry, told in their place."""
+
+    gap: Gap
+    late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StatusTold:
+    """What stands behind the subscription changed. ``since`` is market ms."""
+
+    component: Literal["feed", "storage"]
+    state: Literal["connected", "reconnecting", "degraded"]
+    since: int
+    exchange: str | None = None
+
+
+StreamEvent = SubscriptionStarted | FormingCandle | ClosedCandle | GapTold | StatusTold
+
+
+class IDataCollectionManager(ABC):
+    """Adds, removes and lists what is collected, and tells subscribers about it.
+
+    ``coin`` is upper-cased on input. Without ``exchange``: the one that collects this coin and
+    interval, the most preferred first; else the one that selection gives.
+    """
+
+    @abstractmethod
+    async def add_coin(
+        self,
+        coin: str,
+        *,
+        exchange: str | None = None,
+        interval: str = "5m",
+        since: int | None = None,
+    ) -> AddCoinResult:
+        """Collect a coin from now on and back to ``since`` (ms). Idempotent.
+
+        Raises:
+            InvalidRequest: coin, interval or ``since`` cannot be meant; or the exchange does not
+                offer the interval.
+            UnknownExchange: that exchange is not enabled.
+            CoinNotAvailable: all exchanges that could be asked say no; names them.
+            ExchangeUnavailable: none could be asked.
+        """
+
+    @abstractmethod
+    async def remove_coin(
+        self, coin: str, *, exchange: str | None = None, interval: str | None = None
+    ) -> TargetStatus:
+        """Stop collecting; what is stored stays.
+
+        Raises:
+            InvalidRequest: several targets fit (they are named), or none does.
+        """
+
+    @abstractmethod
+    async def check_availability(self, coin: str, *, exchange: str | None = None) -> Availability:
+        """Which exchanges list the coin.
+
+        Raises:
+            UnknownExchange: that exchange is not enabled.
+            ExchangeUnavailable: none of the exchanges could be asked.
+        """
+
+    @abstractmethod
+    async def list_targets(self) -> list[TargetStatus]:
+        """Every target, by id."""
+
+    @abstractmethod
+    def stream_realtime_data(
+        self,
+        coin: str,
+        *,
+        exchange: str | None = None,
+        interval: str = "5m",
+        from_ms: int | None = None,
+    ) -> AsyncIterator[StreamEvent]:
+        """The events of one subscriber to a collected coin, without end.
+
+        The first is ``SubscriptionStarted``. Then each closed period exactly once and in order:
+        its ``ClosedCandle`` after it was stored, or a ``GapTold`` in its place; corrections as the
+        same period with a higher revision. With ``from_ms`` the closed candles from that time on
+        come first, without gap or repeat at the seam. The iterator must be closed (``aclose``).
+
+        Raises:
+            CoinNotAvailable: the coin is not collected.
+            SlowConsumer: the reader fell too far behind; the subscription is over.
+        """

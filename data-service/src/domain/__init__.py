@@ -1,0 +1,1 @@
+"""What candles, books, entries, series and time are: frozen values and pure functions, no I/O."""

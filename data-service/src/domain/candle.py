@@ -1,0 +1,56 @@
+"""Candles as exchanges publish them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from errors import InvalidEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Candle:
+    """Open, high, low, close and volume of one period.
+
+    ``timestamp`` is the open of the period in ms; prices are in the market's quote currency,
+    ``volume`` is in its base currency.
+
+    Raises:
+        InvalidEntry: a value is not finite, a price is not positive, the volume is negative, or
+            open and close do not lie between low and high.
+    """
+
+    timestamp: int
+    open: float
+    high: float
+    low: float
+    close: float
+    volume: float
+
+    def __post_init__(self) -> None:
+        values = (self.open, self.high, self.low, self.close, self.volume)
+        if not all(math.isfinite(value) for value in values):
+            raise InvalidEntry(f"candle {self.timestamp} has a value that is no finite number")
+        if self.low <= 0 or self.volume < 0:
+            raise InvalidEntry(
+                f"candle {self.timestamp} needs prices above zero and a volume of zero or more, "
+                f"got low {self.low} and volume {self.volume}"
+            )
+        if not self.low <= min(self.open, self.close) <= max(self.open, self.close) <= self.high:
+            raise InvalidEntry(
+                f"candle {self.timestamp} needs low <= open, close <= high, got "
+                f"open {self.open}, high {self.high}, low {self.low}, close {self.close}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class CandleUpdate:
+    """A candle that is still forming, as a stream told it.
+
+    ``market`` is the ccxt unified symbol. Never stored: what is stored is asked from REST.
+    """
+
+    exchange: str
+    market: str
+    interval: str
+    candle: Candle

@@ -1,0 +1,1 @@
+"""What tests share: clocks, fakes that keep their interface's contract, and builders of values."""
