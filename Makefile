@@ -27,10 +27,10 @@ $(VENV)/.ready: requirements-bootstrap.lock requirements-dev.lock pyproject.toml
 	@touch $@
 
 run: setup ## Run the service on a simulated market, with BTC and ETH collected (Ctrl-C stops it)
-	@exec $(BIN)/cb-trade-data demo
+	@exec $(BIN)/python -m demo
 
 run-live: setup ## The same on the real exchanges
-	@exec $(BIN)/cb-trade-data demo --live
+	@exec $(BIN)/python -m demo --live
 
 test: setup ## Run every test
 	@$(BIN)/python -m pytest

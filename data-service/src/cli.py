@@ -1,1 +1,129 @@
-"""x"""
+"""The command ``cb-trade-data``: serve, sandbox, token."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import uvicorn
+
+from config import Settings, load_settings
+from errors import DataServiceError
+from observability.logging import configure_logging
+from sandbox import command as sandbox_command
+
+MESSAGE_BYTES: Final = 64 * 1024
+DRAIN_S: Final = 5
+DEFAULT_SCOPE: Final = "data:read data:write"
+DEFAULT_TTL_S: Final = 3600
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors of the user's own are one line and exit code 2."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        run: Any = options.run
+        code: int = run(options)
+    except DataServiceError as exc:
+        print(f"cb-trade-data: {exc.message}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cb-trade-data",
+        description="Collects crypto market data without gaps and serves it.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the service; settings come from the environment")
+    serve.set_defaults(run=_serve)
+
+    sandbox = commands.add_parser(
+        "sandbox", help="run a simulated exchange on loopback, to try everything without a network"
+    )
+    sandbox_command.add_arguments(sandbox)
+    sandbox.set_defaults(run=sandbox_command.run)
+
+    token = commands.add_parser("token", help="print a token signed with AUTH_SECRET")
+    token.add_argument("--subject", required=True, metavar="NAME", help="whom it speaks for")
+    token.add_argument("--scope", default=DEFAULT_SCOPE, help=f"default: {DEFAULT_SCOPE}")
+    token.add_argument(
+        "--ttl",
+        type=int,
+        default=DEFAULT_TTL_S,
+        metavar="SECONDS",
+        help=f"how long it is valid; default: {DEFAULT_TTL_S}",
+    )
+    token.set_defaults(run=_token)
+    return parser
+
+
+def _serve(_: argparse.Namespace) -> int:
+    # Imported here: the other commands should not pay for the exchanges' libraries.
+    from main import create_app  # noqa: PLC0415
+
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    server = _Server(
+        uvicorn.Config(
+            create_app(settings),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            lifespan="on",
+            ws_max_size=MESSAGE_BYTES,
+            timeout_graceful_shutdown=DRAIN_S,
+            server_header=False,
+        )
+    )
+    # The server raises the signal that stopped it once more when it is done; a stop that was
+    # asked for is a success.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    listener = _listen(settings)
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as exc:
+        listener.close()
+        raise DataServiceError(
+            f"HOST, PORT: cannot listen on {settings.host}:{settings.port} "
+            f"({exc.strerror}); set PORT to a free one, 0 takes any"
+        ) from exc
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """Says on standard output where it serves, once it does."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            print(f"cb-trade-data serving on http://{host}:{port}", flush=True)
+
+
+def _token(options: argparse.Namespace) -> int:
+    from auth.module import issue_token  # noqa: PLC0415
+
+    settings = load_settings()
+    print(issue_token(settings, subject=options.subject, scope=options.scope, ttl_s=options.ttl))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The settings: from the environment or a ``.env`` file; wrong ones stop the start with one line."""
+"""The settings, from the environment or a ``.env`` file; a wrong one stops the start."""
 
 from __future__ import annotations
 

@@ -21,6 +21,31 @@ class IJsonWebSocket(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ResolvedSeries:
+    """Which series a request means. ``since`` is the target's, or None when it is not collected."""
+
+    series: Series
+    market: str
+    since: int | None = None
+
+
+class ISeriesDirectory(ABC):
+    """Says which series a coin means when it is read."""
+
+    @abstractmethod
+    async def resolve(self, coin: str, *, exchange: str | None, interval: str) -> ResolvedSeries:
+        """Without ``exchange``: the one that collects this coin and interval, the most preferred
+        first; next the one that has it stored; else the one that selection gives.
+
+        Raises:
+            InvalidRequest: the coin can be no name, or the exchange does not offer the interval.
+            UnknownExchange: that exchange is not enabled.
+            CoinNotAvailable: all exchanges that could be asked say no.
+            ExchangeUnavailable: nothing is stored and none could be asked.
+        """
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """Closed candles of a range, ascending, and what is missing from it.
 
@@ -58,7 +83,7 @@ class CurrentData:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What is stored of what is wanted. Times are period opens in ms, None when nothing is stored."""
+    """What is stored of what is wanted. Times are period opens (ms), None without an entry."""
 
     series: Series
     first: int | None

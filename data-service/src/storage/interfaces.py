@@ -40,12 +40,15 @@ class IRawDataStorage(ABC):
     - A document appears whole or not at all, also when the process is killed; the last of several
       saves of one entry wins.
     - Ranges are ``[start_time, end_time)`` and results ascend by time.
-    - Files that are no documents of this layout are skipped, never fatal.
+    - Files that are no documents of this layout are skipped, never fatal. A document that is no
+      JSON object is reported once; from then on listings leave it out, so that it is repaired like
+      a missing one, until it reads well again.
     - Blocking work runs off the event loop.
 
     Every method raises ``StorageUnavailable`` when the backend is away or refuses for now and
-    ``StorageError`` for any other failure. A name that can stand in no path, a naive datetime and
-    an interval that does not exist are ``InvalidRequest``.
+    ``StorageError`` for any other failure. A name that can stand in no path, a naive datetime, a
+    negative limit or offset and an interval that does not exist are ``InvalidRequest``; a document
+    that JSON cannot express is ``InvalidEntry``.
     """
 
     @abstractmethod
@@ -61,6 +64,20 @@ class IRawDataStorage(ABC):
         """Write one document, replacing what was there. Durable when it returns."""
 
     @abstractmethod
+    async def save_entries(
+        self,
+        exchange_name: str,
+        coin_symbol: str,
+        entries: Sequence[tuple[Timestamp, Mapping[str, Any]]],
+        *,
+        interval: str = DEFAULT_INTERVAL,
+    ) -> None:
+        """Write many documents of one series, each whole or not at all. Durable when it returns.
+
+        When it raises, some of them may have been written.
+        """
+
+    @abstractmethod
     async def get_entry(
         self,
         exchange_name: str,
@@ -70,6 +87,17 @@ class IRawDataStorage(ABC):
         interval: str = DEFAULT_INTERVAL,
     ) -> dict[str, Any] | None:
         """The document of the period that opens at ``timestamp``, or None."""
+
+    @abstractmethod
+    async def get_entries(
+        self,
+        exchange_name: str,
+        coin_symbol: str,
+        timestamps: Sequence[Timestamp],
+        *,
+        interval: str = DEFAULT_INTERVAL,
+    ) -> dict[int, dict[str, Any]]:
+        """The documents that are there of those asked, by the open of their period (ms)."""
 
     @abstractmethod
     async def get_range(
@@ -83,7 +111,10 @@ class IRawDataStorage(ABC):
         *,
         interval: str = DEFAULT_INTERVAL,
     ) -> list[dict[str, Any]]:
-        """Documents of a range, after skipping ``offset``, ``limit`` at most."""
+        """Documents of a range, after skipping ``offset``, ``limit`` at most.
+
+        Skipping may cost as much as reading: page by ``start_time`` where it matters.
+        """
 
     @abstractmethod
     async def get_latest_entry(

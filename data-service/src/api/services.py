@@ -1,0 +1,43 @@
+"""What the routes stand on; the lifespan of the application puts it into ``app.state.services``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Protocol, cast
+
+from fastapi import Depends
+from fastapi.requests import HTTPConnection
+
+from auth.interfaces import IAuthenticationModule
+from collection.interfaces import IDataCollectionManager
+from config import Settings
+from domain.clock import IClock
+from historical.interfaces import IHistoricalDataManager
+
+
+class IHealth(Protocol):
+    """Whether the service can do its work now."""
+
+    async def readiness(self) -> list[str]:
+        """The reasons why it cannot, each a sentence for an operator; none when it can.
+
+        Answers within a few seconds and never raises.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    settings: Settings
+    clock: IClock
+    auth: IAuthenticationModule
+    collection: IDataCollectionManager
+    history: IHistoricalDataManager
+    health: IHealth
+
+
+def get_services(connection: HTTPConnection) -> Services:
+    """The services of the running application."""
+    return cast("Services", connection.app.state.services)
+
+
+WithServices = Annotated[Services, Depends(get_services)]

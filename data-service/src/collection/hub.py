@@ -1,0 +1,309 @@
+"""The hub: who is told what, and in which order.
+
+Guarantees, per subscription:
+
+- Each closed period after its start is told exactly once and in order: its entry, after it was
+  stored, or a gap in its place. An unsettled period holds the order for at most 60 s of market
+  time; then its gap is told, and what settles there later comes marked ``late``.
+- A correction is told as the same period with a higher revision.
+- Forming candles keep only the newest. What may not be dropped waits in a bounded queue; a reader
+  that lets it fill up gets ``SlowConsumer`` and is gone. No reader ever slows another.
+
+Not guaranteed: that a subscriber sees every forming update.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from collection.interfaces import (
+    ClosedCandle,
+    FormingCandle,
+    GapTold,
+    SlowConsumer,
+    StatusTold,
+    StreamEvent,
+)
+from domain.candle import Candle
+from domain.clock import IClock
+from domain.entry import Entry
+from domain.gap import Gap, GapReason
+from domain.series import Series
+from domain.time_range import TimeRange
+from reconciliation.interfaces import ISeriesView
+from storage.interfaces import Change, Stored
+
+# How long (market ms) an unsettled period may hold back those after it.
+ORDER_PATIENCE_MS: Final = 60_000
+QUEUE_BOUND: Final = 2_000
+# Told gaps older than the newest of these are not announced again when they are filled.
+TOLD_GAPS_BOUND: Final = 20_000
+
+ReadEntries = Callable[[Series, TimeRange], Awaitable[Sequence[Entry]]]
+
+
+class Subscription:
+    """One reader of one series: a bounded queue of what must be told, and the newest forming."""
+
+    def __init__(self, topic: _Topic, bound: int) -> None:
+        self._topic = topic
+        self._bound = bound
+        self._queue: deque[StreamEvent] = deque()
+        self._forming: FormingCandle | None = None
+        self._wakes = asyncio.Event()
+        self._overrun = False
+        self.last_closed = topic.next_open - topic.step
+        """The open of the newest closed period told before this subscription began."""
+        self._expected: set[int] = set()
+
+    def expect(self, periods: Iterable[int]) -> None:
+        """Periods before this subscription's start whose entries, once they settle, are told as
+        late, because their gap was told in a replay."""
+        self._expected.update(periods)
+
+    def no_longer_expect(self, periods: Iterable[int]) -> None:
+        """These were told after all."""
+        self._expected.difference_update(periods)
+
+    def is_expected(self, period: int) -> bool:
+        """Whether the period's gap was told in a replay; asking takes it off the list."""
+        if period in self._expected:
+            self._expected.discard(period)
+            return True
+        return False
+
+    def offer(self, event: StreamEvent) -> None:
+        """Queue what must be told; a full queue ends the subscription."""
+        if self._overrun:
+            return
+        if len(self._queue) >= self._bound:
+            self._overrun = True
+            self._queue.clear()
+        else:
+            self._queue.append(event)
+            if (
+                isinstance(event, ClosedCandle)
+                and self._forming is not None
+                and self._forming.candle.timestamp <= event.entry.timestamp
+            ):
+                self._forming = None
+        self._wakes.set()
+
+    def offer_forming(self, event: FormingCandle) -> None:
+        """Keep the newest forming candle only."""
+        self._forming = event
+        self._wakes.set()
+
+    async def events(self) -> AsyncIterator[StreamEvent]:
+        """What is told, without end.
+
+        Raises:
+            SlowConsumer: the queue was full.
+        """
+        while True:
+            if self._overrun:
+                raise SlowConsumer(
+                    f"more than {self._bound} closed candles of {self._topic.series} were waiting "
+                    f"to be read; subscribe again with 'from'"
+                )
+            if self._queue:
+                yield self._queue.popleft()
+            elif self._forming is not None:
+                forming, self._forming = self._forming, None
+                yield forming
+            else:
+                self._wakes.clear()
+                await self._wakes.wait()
+
+    def waiting(self) -> list[StreamEvent]:
+        """Take out what must be told and has not been read yet."""
+        taken = list(self._queue)
+        self._queue.clear()
+        return taken
+
+    def close(self) -> None:
+        """Leave; idempotent."""
+        self._topic.subscriptions.discard(self)
+
+
+@dataclass(slots=True, eq=False)
+class _Topic:
+    """One series: the next period to tell, what is told already, and to whom."""
+
+    view: ISeriesView
+    next_open: int
+    subscriptions: set[Subscription] = field(default_factory=set)
+    fresh: dict[int, Entry] = field(default_factory=dict)
+    told_gaps: dict[int, GapReason] = field(default_factory=dict)
+    forming: Candle | None = None
+    forming_at: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def series(self) -> Series:
+        return self.view.series
+
+    @property
+    def step(self) -> int:
+        return self.series.interval.milliseconds
+
+
+class Hub:
+    """Publish and subscribe by series; a broker can stand behind it when one process is not
+    enough."""
+
+    def __init__(
+        self, clock: IClock, read_entries: ReadEntries, *, queue_bound: int = QUEUE_BOUND
+    ) -> None:
+        self._clock = clock
+        self._read_entries = read_entries
+        self._queue_bound = queue_bound
+        self._topics: dict[Series, _Topic] = {}
+
+    def open(self, view: ISeriesView, next_open: int) -> None:
+        """Begin to tell a series; ``next_open`` is the first period to be told."""
+        self._topics.setdefault(view.series, _Topic(view=view, next_open=next_open))
+
+    def close(self, series: Series) -> None:
+        """Stop telling a series."""
+        self._topics.pop(series, None)
+
+    def is_open(self, series: Series) -> bool:
+        """Whether the series is told."""
+        return series in self._topics
+
+    def subscriber_count(self, series: Series) -> int:
+        """How many read the series."""
+        topic = self._topics.get(series)
+        return len(topic.subscriptions) if topic is not None else 0
+
+    def forming(self, series: Series) -> tuple[Candle, int] | None:
+        """The newest forming candle of a series that is told, and when (market ms) it came."""
+        topic = self._topics.get(series)
+        if topic is None or topic.forming is None:
+            return None
+        return topic.forming, topic.forming_at
+
+    def subscribe(self, series: Series) -> Subscription:
+        """Read a series from now on.
+
+        Raises:
+            KeyError: the series is not told.
+        """
+        topic = self._topics[series]
+        subscription = Subscription(topic, self._queue_bound)
+        topic.subscriptions.add(subscription)
+        if topic.forming is not None:
+            subscription.offer_forming(FormingCandle(topic.forming))
+        return subscription
+
+    def publish_forming(self, series: Series, candle: Candle) -> None:
+        """Tell a candle whose period is not over."""
+        topic = self._topics.get(series)
+        if topic is None or candle.timestamp < topic.next_open:
+            return
+        if topic.forming is not None and candle.timestamp < topic.forming.timestamp:
+            return
+        topic.forming, topic.forming_at = candle, self._clock.now_ms()
+        event = FormingCandle(candle)
+        for subscription in topic.subscriptions:
+            subscription.offer_forming(event)
+
+    def publish_stored(self, stored: Stored) -> None:
+        """Take a stored entry: one that is due is told in its turn, a correction or what settles
+        where a gap was told at once; older backfill is history and is not told."""
+        entry = stored.entry
+        topic = self._topics.get(entry.series)
+        if topic is None:
+            return
+        if entry.timestamp >= topic.next_open:
+            topic.fresh[entry.timestamp] = entry
+        elif topic.told_gaps.pop(entry.timestamp, None) is not None:
+            self._tell(topic, ClosedCandle(entry, late=True))
+        elif stored.change is Change.REVISED:
+            self._tell(topic, ClosedCandle(entry))
+        elif stored.change is Change.ADDED:
+            for subscription in topic.subscriptions:
+                if subscription.is_expected(entry.timestamp):
+                    subscription.offer(ClosedCandle(entry, late=True))
+
+    async def advance(self, series: Series) -> None:
+        """Tell what is settled beyond the mark, and the gap of what has held the order too long."""
+        topic = self._topics.get(series)
+        if topic is None:
+            return
+        async with topic.lock:
+            await self._advance(topic)
+
+    def next_deadline(self, series: Series) -> int | None:
+        """When (market ms) the next period's gap is told, should it not settle before."""
+        topic = self._topics.get(series)
+        return topic.next_open + topic.step + ORDER_PATIENCE_MS if topic is not None else None
+
+    def publish_status(self, status: StatusTold) -> None:
+        """Tell the subscribers of an exchange, or all, what changed behind them."""
+        for topic in self._topics.values():
+            if status.exchange in (None, topic.series.exchange):
+                self._tell(topic, status)
+
+    async def _advance(self, topic: _Topic) -> None:
+        step, now = topic.step, self._clock.now_ms()
+        due = TimeRange(topic.next_open, topic.series.interval.floor(now))
+        if not due:
+            return
+        await self._fetch_unread(topic, due)
+        gaps = topic.view.gaps(due)
+        reasons = {
+            period: gap.reason
+            for gap in gaps
+            for period in range(gap.range.start, gap.range.end, step)
+        }
+        for period in range(due.start, due.end, step):
+            entry = topic.fresh.pop(period, None)
+            if entry is not None:
+                topic.next_open = period + step
+                self._tell(topic, ClosedCandle(entry))
+                continue
+            reason = reasons.get(period, GapReason.PENDING)
+            patient = now - (period + step) < ORDER_PATIENCE_MS
+            if reason in (GapReason.PENDING, GapReason.UNREACHABLE) and patient:
+                break
+            topic.next_open = period + step
+            self._note_gap(topic, period, reason)
+            self._tell(topic, GapTold(Gap(TimeRange(period, period + step), reason)))
+        self._tell_proven_late(topic)
+
+    async def _fetch_unread(self, topic: _Topic, due: TimeRange) -> None:
+        """Read what is stored beyond the mark and was not published by this process."""
+        unread = [
+            run
+            for run in topic.view.stored_ranges(due)
+            if any(period not in topic.fresh for period in range(run.start, run.end, topic.step))
+        ]
+        for run in unread:
+            for entry in await self._read_entries(topic.series, run):
+                topic.fresh.setdefault(entry.timestamp, entry)
+
+    def _tell_proven_late(self, topic: _Topic) -> None:
+        """Tell that a period whose gap was told as open is now proven to have no trades."""
+        for period, told in list(topic.told_gaps.items()):
+            if told is GapReason.NO_TRADES:
+                continue
+            for gap in topic.view.gaps(TimeRange(period, period + topic.step)):
+                if gap.reason is GapReason.NO_TRADES:
+                    topic.told_gaps[period] = gap.reason
+                    self._tell(topic, GapTold(gap, late=True))
+
+    def _note_gap(self, topic: _Topic, period: int, reason: GapReason) -> None:
+        topic.told_gaps[period] = reason
+        if len(topic.told_gaps) > TOLD_GAPS_BOUND:
+            del topic.told_gaps[next(iter(topic.told_gaps))]
+
+    @staticmethod
+    def _tell(topic: _Topic, event: StreamEvent) -> None:
+        for subscription in topic.subscriptions:
+            subscription.offer(event)

@@ -1,0 +1,299 @@
+"""The keeper of one target: everything that keeps its series complete, live and in order.
+
+Correctness never depends on having seen an event. Updates and reconnects only say when to look;
+the clock looks anyway, and each look asks storage what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Final
+
+import structlog
+
+from collection.feed import FeedSupervisor
+from collection.hub import Hub
+from collection.interfaces import TargetState, TargetStatus
+from collection.processor import RealTimeProcessor
+from domain.clock import IClock
+from domain.entry import BOOK_TOLERANCE_MS
+from domain.gap import GapReason
+from domain.time_range import TimeRange
+from errors import DataServiceError
+from exchange_source.interfaces import (
+    ExchangeError,
+    ExchangeRefused,
+    IExchangeAPIClient,
+    Priority,
+)
+from reconciliation.interfaces import IReconciler, SettleReport
+from target_management.interfaces import Target
+
+# How far back the settling of live periods looks (market ms); what is older is repair.
+LIVE_REACH_MS: Final = 3_600_000
+REPAIR_EVERY_MS: Final = 3_600_000
+# By the clock a period is asked for this long after its end (market ms), should no update of the
+# next one have said so before.
+CLOSE_GRACE_MS: Final = 5_000
+# A closed period that the exchange has not published yet is asked for again after this (market
+# ms), doubling; never more often than the real pause, however fast the market clock runs.
+FIRST_POLL_MS: Final = 2_000
+LONGEST_POLL_MS: Final = 30_000
+SHORTEST_REAL_PAUSE_S: Final = 0.05
+# How often the looks that are owed are counted (market ms).
+LOOK_RHYTHM_MS: Final = 30_000
+FIRST_RETRY_S: Final = 1.0
+LONGEST_RETRY_S: Final = 60.0
+
+log = structlog.get_logger(__name__)
+
+
+class SeriesKeeper:
+    """Keeps one target; ``run`` until cancelled."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        client: IExchangeAPIClient,
+        reconciler: IReconciler,
+        processor: RealTimeProcessor,
+        hub: Hub,
+        feed: FeedSupervisor,
+        clock: IClock,
+        rng: random.Random,
+    ) -> None:
+        self.target = target
+        self.series = target.series
+        self.view = reconciler.view(self.series, target.market)
+        self.opened = asyncio.Event()
+        """Set once subscribers can be told."""
+        self.removing = False
+        self._client = client
+        self._reconciler = reconciler
+        self._processor = processor
+        self._hub = hub
+        self._feed = feed
+        self._clock = clock
+        self._rng = rng
+        self._step = self.series.interval.milliseconds
+        self._wake = asyncio.Event()
+        self._newest_update = 0
+        self._settled_until = 0
+        self._settled_once = False
+        self._backfilled = False
+        self._delisted = False
+        self._failing = False
+
+    def status(self) -> TargetStatus:
+        """How the target does."""
+        now = self._clock.now_ms()
+        stored = self.view.stored_ranges(TimeRange(0, now))
+        end = stored[-1].end if stored else None
+        return TargetStatus(
+            target=self.target,
+            state=self._state(),
+            last_entry=end - self._step if end is not None else None,
+            lag_ms=max(0, now - end) if end is not None else None,
+        )
+
+    def open_from_now(self) -> None:
+        """Tell subscribers from the period that runs now: for a target that was just added."""
+        self._open(self.series.interval.floor(self._clock.now_ms()))
+
+    async def run(self) -> None:
+        """Keep the series until cancelled."""
+        self._processor.route(self.series, self.target.market, self._on_update)
+        self.view.use_sink(self._processor.process_settled)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(
+                    self._feed.keep_candles(
+                        self.target.market, self.target.interval, self._wake.set
+                    )
+                )
+                group.create_task(self._feed.keep_book(self.target.market))
+                group.create_task(self._follow())
+                group.create_task(self._repair())
+                group.create_task(self._look_again())
+                group.create_task(self._capture_books())
+                group.create_task(self._tell())
+        finally:
+            self.view.use_sink(None)
+            self._processor.unroute(self.series, self.target.market)
+
+    # -- the tasks --------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Settle what has just closed: at the next period's first update, or by the clock."""
+        poll = FIRST_POLL_MS
+        interval = self.series.interval
+        asked_until = 0
+        while True:
+            self._wake.clear()
+            closed_end = interval.floor(self._clock.now_ms())
+            if closed_end > asked_until:
+                poll, asked_until = FIRST_POLL_MS, closed_end
+            reach = closed_end - max(LIVE_REACH_MS, 2 * self._step)
+            # After an outage everything that it swallowed is live again.
+            start = min(reach, self._settled_until or reach)
+            report = await self._settle(TimeRange(start, closed_end), Priority.LIVE)
+            if report is not None and report.error is None:
+                self._settled_until = closed_end
+            if report is not None and not report.open:
+                next_close = closed_end + self._step
+                await self._wait(next_close + CLOSE_GRACE_MS)
+                continue
+            pause = SHORTEST_REAL_PAUSE_S
+            if report is None or report.error is not None:
+                pause = max(pause, self._reconciler.retry_in(self.series.exchange))
+            await self._clock.sleep_real(pause)
+            await self._wait(self._clock.now_ms() + poll)
+            poll = min(2 * poll, LONGEST_POLL_MS)
+
+    async def _repair(self) -> None:
+        """Settle everything wanted: backfill at first, then what was missed, hour by hour."""
+        failures = 0
+        while True:
+            closed_end = self.series.interval.floor(self._clock.now_ms())
+            report = await self._settle(TimeRange(self.target.since, closed_end), Priority.BACKFILL)
+            live_edge = closed_end - max(LIVE_REACH_MS, 2 * self._step)
+            unfinished = (
+                report is None
+                or report.error is not None
+                or any(gap.range.start < live_edge for gap in report.open)
+            )
+            if unfinished:
+                pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures, 10))
+                failures += 1
+                await self._clock.sleep_real(
+                    max(
+                        pause * self._rng.uniform(0.75, 1.25),
+                        self._reconciler.retry_in(self.series.exchange),
+                    )
+                )
+                continue
+            failures = 0
+            self._backfilled = True
+            await self._clock.sleep_until(self._clock.now_ms() + REPAIR_EVERY_MS)
+            self.view.forget_what_is_not_offered()
+
+    async def _look_again(self) -> None:
+        """Take the second looks that are owed: exchanges publish late and correct themselves."""
+        while True:
+            due = self.view.looks_due()
+            if due is not None:
+                report = await self._settle(due, Priority.BACKFILL)
+                if report is None or report.error is not None:
+                    await self._clock.sleep_real(
+                        max(FIRST_RETRY_S, self._reconciler.retry_in(self.series.exchange))
+                    )
+                    continue
+            await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
+            soon = self._clock.now_ms() + LOOK_RHYTHM_MS
+            await self._clock.sleep_until(min(soon, self.view.next_look_at() or soon))
+
+    async def _capture_books(self) -> None:
+        """At each period's end, by the clock, copy the live book's top; else ask REST for it."""
+        interval = self.series.interval
+        while True:
+            close = interval.floor(self._clock.now_ms()) + self._step
+            await self._clock.sleep_until(close)
+            book = self._feed.book(self.target.market)
+            if (book is None or abs(book.timestamp - close) > BOOK_TOLERANCE_MS) and (
+                self._reconciler.retry_in(self.series.exchange) == 0
+            ):
+                try:
+                    book = await self._client.fetch_order_book(
+                        self.target.market, priority=Priority.LIVE
+                    )
+                except ExchangeError as exc:
+                    log.debug("no_order_book", series=str(self.series), error=exc.message)
+            if book is not None and abs(book.timestamp - close) <= BOOK_TOLERANCE_MS:
+                self.view.note_book(close - self._step, book)
+
+    async def _tell(self) -> None:
+        """Let nothing hold back the order of what subscribers are told for too long."""
+        while not self.opened.is_set():
+            try:
+                await self._open_where_it_was_left()
+            except DataServiceError as exc:
+                log.warning("series_not_opened", series=str(self.series), error=exc.message)
+                await self._clock.sleep_real(FIRST_RETRY_S)
+        while True:
+            deadline = self._hub.next_deadline(self.series)
+            if deadline is not None:
+                await self._clock.sleep_until(deadline)
+            try:
+                await self._hub.advance(self.series)
+            except DataServiceError as exc:
+                log.warning("series_not_told", series=str(self.series), error=exc.message)
+                await self._clock.sleep_real(FIRST_RETRY_S)
+            await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _on_update(self, period: int) -> None:
+        self._feed.note_data()
+        if period > self._newest_update:
+            self._newest_update = period
+            self._wake.set()
+
+    async def _settle(self, wanted: TimeRange, priority: Priority) -> SettleReport | None:
+        """Settle what is wanted of a range; None when storage, or the worker, refused."""
+        wanted = TimeRange(max(wanted.start, self.target.since), wanted.end)
+        try:
+            report = await self._reconciler.settle(
+                self.series, self.target.market, wanted, priority=priority
+            )
+        except DataServiceError as exc:
+            if not self._failing:
+                log.warning("series_not_settled", series=str(self.series), error=exc.message)
+            self._failing = True
+            return None
+        self._failing = report.error is not None
+        self._delisted = isinstance(report.error, ExchangeRefused)
+        self._settled_once = self._settled_once or report.error is None
+        return report
+
+    async def _wait(self, until: int) -> None:
+        """Wait for a moment of market time, or to be woken."""
+        clock = asyncio.ensure_future(self._clock.sleep_until(until))
+        woken = asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait({clock, woken}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            clock.cancel()
+            woken.cancel()
+
+    async def _open_where_it_was_left(self) -> None:
+        """Tell from the oldest open period of the last hour on, else from the newest settled."""
+        interval = self.series.interval
+        closed_end = interval.floor(self._clock.now_ms())
+        start = interval.floor(
+            max(self.target.since, closed_end - max(LIVE_REACH_MS, 2 * self._step))
+        )
+        last = TimeRange(start, closed_end)
+        await self.view.load(last)
+        still_open = [
+            gap
+            for gap in self.view.gaps(last)
+            if gap.reason in (GapReason.PENDING, GapReason.UNREACHABLE)
+        ]
+        self._open(still_open[0].range.start if still_open else closed_end)
+
+    def _open(self, next_open: int) -> None:
+        self._hub.open(self.view, next_open)
+        self.opened.set()
+
+    def _state(self) -> TargetState:
+        if self.removing:
+            return TargetState.REMOVING
+        if self._delisted:
+            return TargetState.DELISTED
+        if self._failing or self._feed.state == "reconnecting":
+            return TargetState.DEGRADED
+        if not self._settled_once:
+            return TargetState.STARTING
+        return TargetState.LIVE if self._backfilled else TargetState.BACKFILLING

@@ -1,0 +1,429 @@
+"""What is collected: adding, removing, listing, and one iterator a subscriber."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+from weakref import WeakValueDictionary
+
+import structlog
+
+from collection.collection_list import CoinCollectionList
+from collection.feed import FeedState, FeedSupervisor
+from collection.hub import Hub, Subscription
+from collection.interfaces import (
+    AddCoinResult,
+    Availability,
+    ClosedCandle,
+    GapTold,
+    IDataCollectionManager,
+    MarketAvailability,
+    StatusTold,
+    StreamEvent,
+    SubscriptionStarted,
+    TargetStatus,
+)
+from collection.keeper import SeriesKeeper
+from collection.processor import RealTimeProcessor
+from domain.clock import IClock
+from domain.interval import Interval
+from domain.series import Series
+from domain.time_range import TimeRange
+from errors import CoinNotAvailable, InvalidRequest
+from exchange_source.interfaces import (
+    ExchangeUnavailable,
+    IDataSourceConnector,
+    Priority,
+)
+from historical.interfaces import ISeriesDirectory, ResolvedSeries
+from reconciliation.interfaces import IReconciler
+from storage.interfaces import IStorageManager, StorageUnavailable
+from storage.path_utility import StoragePathUtility
+from target_management.interfaces import Target
+
+DAY_MS: Final = 86_400_000
+REPLAY_PERIODS: Final = 500
+OPEN_TIMEOUT_S: Final = 10.0
+RESTART_PAUSE_S: Final = 5.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    keeper: SeriesKeeper
+    task: asyncio.Task[None]
+
+
+class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
+    """Owns one keeper a target. ``run`` resumes every enabled target and works until cancelled."""
+
+    def __init__(
+        self,
+        *,
+        connector: IDataSourceConnector,
+        collection: CoinCollectionList,
+        storage: IStorageManager,
+        reconciler: IReconciler,
+        processor: RealTimeProcessor,
+        hub: Hub,
+        clock: IClock,
+        preferences: Mapping[str, Sequence[str]],
+        backfill_days: float,
+        rng: random.Random,
+    ) -> None:
+        self._connector = connector
+        self._collection = collection
+        self._storage = storage
+        self._reconciler = reconciler
+        self._processor = processor
+        self._hub = hub
+        self._clock = clock
+        self._preferences = preferences
+        self._backfill_ms = round(backfill_days * DAY_MS)
+        self._rng = rng
+        self._kept: dict[Series, _Kept] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._feeds = {
+            name: FeedSupervisor(
+                connector.get_client(name),
+                processor.process_realtime_entry,
+                clock,
+                on_state=self._on_feed_state,
+                rng=rng,
+            )
+            for name in connector.exchange_names
+        }
+
+    # -- the lifespan -----------------------------------------------------------------------
+
+    async def resume(self) -> None:
+        """Start to keep every enabled target of an exchange that is enabled."""
+        for target in await self._collection.load():
+            if target.exchange in self._feeds:
+                self._keep(target)
+            else:
+                log.warning("target_of_disabled_exchange", target=target.target_id)
+
+    async def run(self) -> None:
+        """Watch the feeds until cancelled; then stop every keeper."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for feed in self._feeds.values():
+                    group.create_task(feed.watch())
+        finally:
+            await self._stop(list(self._kept))
+
+    # -- what is collected ------------------------------------------------------------------
+
+    async def add_coin(
+        self,
+        coin: str,
+        *,
+        exchange: str | None = None,
+        interval: str = "5m",
+        since: int | None = None,
+    ) -> AddCoinResult:
+        coin = self._coin(coin)
+        wanted = Interval.parse(interval)
+        exchange = self._exchange(exchange)
+        async with self._lock(coin):
+            for target in self._preferred(self._collection.find(coin, interval=interval)):
+                if exchange in (None, target.exchange):
+                    kept = self._kept.get(target.series)
+                    if kept is not None:
+                        kept.keeper.removing = False
+                        return AddCoinResult("already_collecting", kept.keeper.status())
+            now = self._clock.now_ms()
+            if since is not None and since > now:
+                raise InvalidRequest(f"since {since} lies in the future; the time is {now} now")
+            name, market = await self._select(coin, exchange)
+            self._check_offered(name, interval)
+            target = await self._collection.add(
+                Target(
+                    coin=coin,
+                    exchange=name,
+                    exchange_id=self._connector.get_client(name).get_exchange_id(),
+                    market=market,
+                    interval=interval,
+                    enabled=True,
+                    since=wanted.floor(now - self._backfill_ms if since is None else since),
+                    created_at=now,
+                    last_updated=now,
+                )
+            )
+            keeper = self._keep(target)
+            keeper.open_from_now()
+            log.info("target_added", target=target.target_id, market=market, since=target.since)
+            return AddCoinResult("added", keeper.status())
+
+    async def remove_coin(
+        self, coin: str, *, exchange: str | None = None, interval: str | None = None
+    ) -> TargetStatus:
+        coin = self._coin(coin)
+        exchange = self._exchange(exchange)
+        if interval is not None:
+            Interval.parse(interval)
+        async with self._lock(coin):
+            found = self._collection.find(coin, exchange=exchange, interval=interval)
+            if len(found) != 1:
+                have = ", ".join(target.target_id for target in found or self._collection.all())
+                problem = "several targets fit" if found else "no target fits"
+                raise InvalidRequest(
+                    f"{problem} {coin}; name exchange and interval of one of: {have or 'none'}"
+                )
+            kept = self._kept[found[0].series]
+            kept.keeper.removing = True
+            status = kept.keeper.status()
+            if self._hub.subscriber_count(kept.keeper.series) == 0:
+                await self._drop(kept.keeper)
+            return status
+
+    async def check_availability(self, coin: str, *, exchange: str | None = None) -> Availability:
+        coin = self._coin(coin)
+        exchange = self._exchange(exchange)
+        names = (exchange,) if exchange is not None else self._order(coin)
+        markets, unreachable, error = [], [], None
+        for name in names:
+            try:
+                market = await self._connector.check_coin_availability(name, coin)
+            except ExchangeUnavailable as exc:
+                unreachable.append(name)
+                error = exc
+                continue
+            if market is not None:
+                collecting = bool(self._collection.find(coin, exchange=name))
+                markets.append(MarketAvailability(name, market, collecting))
+        if error is not None and len(unreachable) == len(names):
+            raise error
+        return Availability(coin, tuple(markets), tuple(unreachable))
+
+    async def list_targets(self) -> list[TargetStatus]:
+        return [
+            self._kept[target.series].keeper.status()
+            for target in self._collection.all()
+            if target.series in self._kept
+        ]
+
+    # -- what subscribers are told ----------------------------------------------------------
+
+    async def stream_realtime_data(
+        self,
+        coin: str,
+        *,
+        exchange: str | None = None,
+        interval: str = "5m",
+        from_ms: int | None = None,
+    ) -> AsyncGenerator[StreamEvent, None]:
+        keeper = self._keeper(self._coin(coin), self._exchange(exchange), interval)
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                await keeper.opened.wait()
+        except TimeoutError:
+            raise StorageUnavailable(
+                f"{keeper.series} is still starting: storage does not say what it holds",
+                retry_after=OPEN_TIMEOUT_S,
+            ) from None
+        subscription = self._hub.subscribe(keeper.series)
+        try:
+            yield SubscriptionStarted(keeper.series, keeper.target.market, subscription.last_closed)
+            if from_ms is not None:
+                async for event in self._replay(keeper, subscription, from_ms):
+                    yield event
+            async for event in subscription.events():
+                yield event
+        finally:
+            subscription.close()
+            await self._drop_if_left(keeper)
+
+    async def _replay(
+        self, keeper: SeriesKeeper, subscription: Subscription, from_ms: int
+    ) -> AsyncIterator[StreamEvent]:
+        """Closed candles from ``from_ms`` up to where the subscription began, then what was
+        queued meanwhile without what the replay told already."""
+        series, step = keeper.series, keeper.series.interval.milliseconds
+        end = subscription.last_closed + step
+        told: dict[int, int] = {}
+        at = series.interval.ceil(from_ms)
+        while at < end:
+            window = TimeRange(at, min(end, at + REPLAY_PERIODS * step))
+            await self._reconciler.settle(
+                series, keeper.target.market, window, priority=Priority.REQUEST
+            )
+            gaps = keeper.view.gaps(window)
+            missing = [
+                period for gap in gaps for period in range(gap.range.start, gap.range.end, step)
+            ]
+            # Before reading: what settles from now on is either read or told as late.
+            subscription.expect(missing)
+            entries = await self._storage.get_raw_data_range(
+                series.exchange,
+                series.coin,
+                window.start,
+                window.end,
+                interval=series.interval.name,
+            )
+            subscription.no_longer_expect(entry.timestamp for entry in entries)
+            found = {entry.timestamp for entry in entries}
+            events: list[tuple[int, StreamEvent]] = [
+                (entry.timestamp, ClosedCandle(entry)) for entry in entries
+            ]
+            events += [
+                (gap.range.start, GapTold(gap))
+                for gap in gaps
+                if not found.intersection(range(gap.range.start, gap.range.end, step))
+            ]
+            told.update((entry.timestamp, entry.revision) for entry in entries)
+            for _, event in sorted(events, key=lambda item: item[0]):
+                yield event
+            at = window.end
+        for event in subscription.waiting():
+            if (
+                isinstance(event, ClosedCandle)
+                and told.get(event.entry.timestamp, 0) >= event.entry.revision
+            ):
+                continue
+            yield event
+
+    # -- which series a request means -------------------------------------------------------
+
+    async def resolve(self, coin: str, *, exchange: str | None, interval: str) -> ResolvedSeries:
+        coin = self._coin(coin)
+        wanted = Interval.parse(interval)
+        exchange = self._exchange(exchange)
+        collected = self._preferred(
+            self._collection.find(coin, exchange=exchange, interval=interval)
+        )
+        if collected:
+            target = collected[0]
+            return ResolvedSeries(target.series, target.market, target.since)
+        for name in (exchange,) if exchange is not None else self._order(coin):
+            newest = await self._storage.get_latest_entry(name, coin, interval=interval)
+            if newest is not None:
+                return ResolvedSeries(newest.series, newest.market)
+        name, market = await self._select(coin, exchange)
+        self._check_offered(name, interval)
+        return ResolvedSeries(Series(name, coin, wanted), market)
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _coin(self, coin: str) -> str:
+        """The coin as it is kept; refuses what can stand in no path."""
+        name = coin.strip().upper()
+        StoragePathUtility.encode_name(name)
+        return name
+
+    def _exchange(self, exchange: str | None) -> str | None:
+        if exchange is None:
+            return None
+        return self._connector.get_client(exchange.strip().lower()).get_exchange_name()
+
+    def _check_offered(self, exchange: str, interval: str) -> None:
+        offered = self._connector.get_client(exchange).intervals
+        if interval not in offered:
+            raise InvalidRequest(
+                f"{exchange} does not offer the interval {interval}; it offers {', '.join(offered)}"
+            )
+
+    def _order(self, coin: str) -> tuple[str, ...]:
+        """The exchanges to ask for a coin, most preferred first."""
+        names = self._preferences.get(coin, self._connector.exchange_names)
+        return tuple(name for name in names if name in self._connector.exchange_names)
+
+    def _preferred(self, targets: Iterable[Target]) -> list[Target]:
+        def rank(target: Target) -> int:
+            order = self._order(target.coin)
+            return order.index(target.exchange) if target.exchange in order else len(order)
+
+        return sorted(targets, key=rank)
+
+    async def _select(self, coin: str, exchange: str | None) -> tuple[str, str]:
+        """The exchange that serves a coin, and its market: the first that lists it."""
+        names = (exchange,) if exchange is not None else self._order(coin)
+        asked, unreachable = [], []
+        error: ExchangeUnavailable | None = None
+        for name in names:
+            try:
+                market = await self._connector.check_coin_availability(name, coin)
+            except ExchangeUnavailable as exc:
+                unreachable.append(name)
+                error = exc
+                continue
+            if market is not None:
+                return name, market
+            asked.append(name)
+        if error is not None and not asked:
+            raise error
+        message = f"no active spot market of {coin} on {', '.join(asked) or 'any exchange'}"
+        if unreachable:
+            message += f"; {', '.join(unreachable)} could not be asked"
+        raise CoinNotAvailable(message)
+
+    def _keeper(self, coin: str, exchange: str | None, interval: str) -> SeriesKeeper:
+        Interval.parse(interval)
+        found = self._preferred(self._collection.find(coin, exchange=exchange, interval=interval))
+        for target in found:
+            kept = self._kept.get(target.series)
+            if kept is not None:
+                return kept.keeper
+        raise CoinNotAvailable(f"{coin} is not collected in {interval}; add it first")
+
+    def _keep(self, target: Target) -> SeriesKeeper:
+        keeper = SeriesKeeper(
+            target,
+            client=self._connector.get_client(target.exchange),
+            reconciler=self._reconciler,
+            processor=self._processor,
+            hub=self._hub,
+            feed=self._feeds[target.exchange],
+            clock=self._clock,
+            rng=self._rng,
+        )
+        task = asyncio.create_task(self._guard(keeper), name=f"keeper {target.target_id}")
+        self._kept[target.series] = _Kept(keeper, task)
+        return keeper
+
+    async def _guard(self, keeper: SeriesKeeper) -> None:
+        """Keep a target whatever happens to it; one that breaks never disturbs the others."""
+        while True:
+            try:
+                await keeper.run()
+            except Exception:
+                # The outermost loop of a target: what went wrong is told, the target goes on.
+                log.exception("keeper_failed", target=keeper.target.target_id)
+                await self._clock.sleep_real(RESTART_PAUSE_S)
+
+    async def _drop_if_left(self, keeper: SeriesKeeper) -> None:
+        """Finish a removal that waited for its last subscriber."""
+        async with self._lock(keeper.series.coin):
+            if keeper.removing and self._hub.subscriber_count(keeper.series) == 0:
+                await self._drop(keeper)
+
+    async def _drop(self, keeper: SeriesKeeper) -> None:
+        if keeper.series not in self._kept:
+            return
+        await self._collection.remove(keeper.target)
+        await self._stop([keeper.series])
+        log.info("target_removed", target=keeper.target.target_id)
+
+    async def _stop(self, serieses: Sequence[Series]) -> None:
+        kept = [self._kept.pop(series) for series in serieses]
+        for item in kept:
+            item.task.cancel()
+        if kept:
+            await asyncio.wait([item.task for item in kept])
+        for item in kept:
+            self._hub.close(item.keeper.series)
+
+    def _lock(self, coin: str) -> asyncio.Lock:
+        lock = self._locks.get(coin)
+        if lock is None:
+            lock = asyncio.Lock()
+            self._locks[coin] = lock
+        return lock
+
+    def _on_feed_state(self, exchange: str, state: FeedState) -> None:
+        self._hub.publish_status(StatusTold("feed", state, self._clock.now_ms(), exchange))

@@ -1,0 +1,362 @@
+"""Live feeds: one watch loop for each topic, however many streams read it.
+
+ccxt hands all watchers of a topic one future and one count of news: two of them would steal
+updates from each other, and cancelling one would cancel both. So a topic is watched once, and its
+streams are served from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+from domain.candle import Candle, CandleUpdate
+from domain.interval import Interval
+from domain.order_book import BOOK_DEPTH, OrderBook
+from errors import InvalidEntry
+from exchange_source.interfaces import (
+    BadExchangeAnswer,
+    ExchangeError,
+    ExchangeRefused,
+    ExchangeUnavailable,
+    IOrderBookHandle,
+    IStreamHandle,
+    UpdateCallback,
+)
+from exchange_source.plugins.ccxt_errors import TRANSLATED, translate
+from exchange_source.plugins.ccxt_guards import SUBSCRIBER, Subscriber
+
+# The first message of a subscription may hold hours of candles; the forming one and the one that
+# just closed are what a live feed is about.
+_RECENT_ROWS: Final = 2
+# Real seconds that an exchange gets to confirm an unsubscription that nobody depends on.
+_UNSUBSCRIBE_TIMEOUT_S: Final = 2.0
+
+
+class IFeedSource(Protocol):
+    """What a feed needs of its exchange."""
+
+    vendor: Any
+
+    def get_exchange_name(self) -> str: ...
+
+    async def prepare_feed(self, market: str) -> None:
+        """Know the market, and wait for the limiter's leave to subscribe."""
+
+
+class Stream(IStreamHandle):
+    """One reader of a feed."""
+
+    def __init__(self, feed: Feed, callback: UpdateCallback | None = None) -> None:
+        self.callback = callback
+        self._feed = feed
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # A stream that nobody waits for may end with an error that nobody reads.
+        self._ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+    @property
+    def running(self) -> bool:
+        return not self._ended.done()
+
+    def end(self, error: BaseException | None) -> None:
+        if self._ended.done():
+            return
+        if error is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
+
+    async def wait(self) -> None:
+        await asyncio.shield(self._ended)
+
+    async def stop(self) -> None:
+        await self._feed.leave(self)
+
+
+class Feed(ABC):
+    """The watching of one topic, from its first stream until its last.
+
+    ``turn`` is the topic's lock: a feed that follows another waits until that one has
+    unsubscribed. ``forget`` is called when no further stream may join.
+    """
+
+    def __init__(
+        self,
+        source: IFeedSource,
+        market: str,
+        *,
+        turn: asyncio.Lock,
+        forget: Callable[[Feed], None],
+    ) -> None:
+        self.streams: list[Stream] = []
+        self._source = source
+        self._market = market
+        self._turn = turn
+        self._forget = forget
+        self._subscriber = Subscriber()
+        self._delivering = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    def join(self, stream: Stream) -> None:
+        """Serve ``stream`` from now on."""
+        self.streams.append(stream)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def leave(self, stream: Stream) -> None:
+        """End ``stream``; return when its callback is not called any more."""
+        stream.end(None)
+        if stream in self.streams:
+            self.streams.remove(stream)
+        if asyncio.current_task() is self._task:
+            return  # a callback that stops its own stream: the loop sees it when that returns
+        if self.streams:
+            async with self._delivering:
+                return
+        await self.close()
+
+    async def close(self) -> None:
+        """End every stream and the watching. Idempotent."""
+        self._forget(self)
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self.end_streams(None)
+
+    @abstractmethod
+    async def _watch(self) -> Any:
+        """The topic's next news, as ccxt gives them."""
+
+    @abstractmethod
+    async def _unwatch(self) -> None:
+        """Unsubscribe."""
+
+    @abstractmethod
+    async def _take(self, news: Any) -> None:
+        """Check what came and hand it on.
+
+        Raises:
+            BadExchangeAnswer: it cannot be believed.
+        """
+
+    async def _run(self) -> None:
+        SUBSCRIBER.set(self._subscriber)
+        error: BaseException | None = None
+        try:
+            async with self._turn:
+                try:
+                    await self._source.prepare_feed(self._market)
+                    while self.streams:
+                        await self._take(await self._next())
+                finally:
+                    self._forget(self)
+                    await self._unsubscribe()
+        except Exception as exc:  # noqa: BLE001  outermost: the streams raise it where they are awaited
+            error = exc
+        finally:
+            self._forget(self)
+            self.end_streams(error)
+
+    async def _next(self) -> Any:
+        """Wait for news; whatever fails here breaks the socket, a refusal apart."""
+        name = self._source.get_exchange_name()
+        try:
+            return await self._watch()
+        except asyncio.CancelledError as exc:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # ccxt cancels the watchers of a socket that it closes.
+            failed = ExchangeUnavailable(f"{name}: connection closed")
+            self._break_socket(failed)
+            raise failed from exc
+        except ExchangeRefused:
+            raise
+        except ExchangeError as exc:
+            self._break_socket(exc)
+            raise
+        except TRANSLATED as exc:
+            translated = translate(exc, name)
+            if not isinstance(translated, ExchangeRefused):
+                self._break_socket(translated)
+            raise translated from exc
+
+    def _break_socket(self, error: ExchangeError) -> None:
+        socket = self._subscriber.socket
+        if socket is not None:
+            self._source.vendor.fail_socket(socket, error)
+
+    async def _unsubscribe(self) -> None:
+        """Best effort, and only where the socket that was subscribed through still stands."""
+        socket = self._subscriber.socket
+        vendor = self._source.vendor
+        if socket is None or vendor.clients.get(socket.url) is not socket or not socket.isConnected:
+            return
+        try:
+            async with asyncio.timeout(_UNSUBSCRIBE_TIMEOUT_S):
+                await self._unwatch()
+        except ExchangeError as exc:
+            # Left subscribed, the topic could not be subscribed afresh on this socket.
+            self._break_socket(exc)
+        except TRANSLATED as exc:
+            self._break_socket(translate(exc, self._source.get_exchange_name()))
+
+    def end_streams(self, error: BaseException | None) -> None:
+        """Let every stream go, with ``error`` if that is why."""
+        streams, self.streams = self.streams, []
+        for stream in streams:
+            stream.end(error)
+
+    async def _deliver(self, stream: Stream, update: CandleUpdate) -> None:
+        """Await the stream's callback; a callback that fails ends its stream with that error."""
+        if stream.callback is None or not stream.running:
+            return
+        try:
+            async with self._delivering:
+                await stream.callback(update)
+        except Exception as exc:  # noqa: BLE001  outermost of the caller's code: wait() raises it
+            stream.end(exc)
+            if stream in self.streams:
+                self.streams.remove(stream)
+
+
+class CandleFeed(Feed):
+    """The candles of one market and interval."""
+
+    def __init__(self, source: IFeedSource, market: str, interval: Interval, **kwargs: Any) -> None:
+        super().__init__(source, market, **kwargs)
+        self._interval = interval
+
+    async def _watch(self) -> Any:
+        return await self._source.vendor.watch_ohlcv(self._market, self._interval.name)
+
+    async def _unwatch(self) -> None:
+        await self._source.vendor.un_watch_ohlcv(self._market, self._interval.name)
+
+    async def _take(self, news: Any) -> None:
+        updates = self._copied(news)
+        while updates and self.streams:
+            for update in updates:
+                for stream in list(self.streams):
+                    await self._deliver(stream, update)
+            # What came while the callbacks ran waits in ccxt's cache, and would until more comes.
+            cached = self._source.vendor.ohlcvs.get(self._market, {}).get(self._interval.name, [])
+            seen = updates
+            updates = [
+                update
+                for update in self._copied(cached)
+                if update not in seen and update.candle.timestamp >= seen[0].candle.timestamp
+            ]
+
+    def _copied(self, rows: Sequence[Any]) -> list[CandleUpdate]:
+        """The newest rows as values: ccxt goes on changing its own."""
+        name = self._source.get_exchange_name()
+        return [
+            CandleUpdate(
+                exchange=name,
+                market=self._market,
+                interval=self._interval.name,
+                candle=to_candle(row, self._interval, name),
+            )
+            for row in list(rows)[-_RECENT_ROWS:]
+        ]
+
+
+class OrderBookFeed(Feed):
+    """The live book of one market."""
+
+    def __init__(self, source: IFeedSource, market: str, **kwargs: Any) -> None:
+        super().__init__(source, market, **kwargs)
+        self._live: Any = None
+
+    async def _watch(self) -> Any:
+        # A fresh dictionary each time: ccxt writes into the one that it is given, or into its own
+        # default.
+        return await self._source.vendor.watch_order_book(self._market, BOOK_DEPTH, {})
+
+    async def _unwatch(self) -> None:
+        await self._source.vendor.un_watch_order_book(self._market, {})
+
+    async def _take(self, news: Any) -> None:
+        to_order_book(news, 1, self._source.get_exchange_name())
+        self._live = news
+
+    def snapshot(self, depth: int) -> OrderBook | None:
+        """The top of the book now, or None; an impossible book also ends the streams."""
+        if self._live is None:
+            return None
+        try:
+            return to_order_book(self._live, depth, self._source.get_exchange_name())
+        except BadExchangeAnswer as exc:
+            self._live = None
+            self.end_streams(exc)
+            self._forget(self)
+            if self._task is not None:
+                self._task.cancel()
+            return None
+
+    def end_streams(self, error: BaseException | None) -> None:
+        self._live = None
+        super().end_streams(error)
+
+
+class OrderBookStream(Stream, IOrderBookHandle):
+    """One reader of a live book."""
+
+    def __init__(self, feed: OrderBookFeed) -> None:
+        super().__init__(feed)
+        self._book = feed
+
+    def snapshot(self, depth: int = BOOK_DEPTH) -> OrderBook | None:
+        return self._book.snapshot(depth) if self.running else None
+
+
+def to_candle(row: Any, interval: Interval, exchange: str) -> Candle:
+    """One row ``[ms, open, high, low, close, volume]`` as a value.
+
+    Raises:
+        BadExchangeAnswer: the row is no candle of the interval.
+    """
+    try:
+        timestamp, *values = row
+        open_, high, low, close, volume = (float(value) for value in values)
+        candle = Candle(_integer(timestamp), open_, high, low, close, volume)
+    except (TypeError, ValueError, InvalidEntry) as exc:
+        raise BadExchangeAnswer(f"{exchange}: no candle: {row!r:.200} ({exc})") from exc
+    if not interval.is_aligned(candle.timestamp):
+        raise BadExchangeAnswer(f"{exchange}: {candle.timestamp} opens no {interval} period")
+    return candle
+
+
+def to_order_book(book: Any, depth: int, exchange: str) -> OrderBook:
+    """ccxt's book as a value: its best ``depth`` levels, without empty ones.
+
+    Raises:
+        BadExchangeAnswer: it has no time, is not sorted, or bids and asks cross.
+    """
+    try:
+        return OrderBook(
+            timestamp=_integer(book["timestamp"]),
+            bids=_levels(book["bids"], depth),
+            asks=_levels(book["asks"], depth),
+        )
+    except (TypeError, ValueError, KeyError, IndexError, InvalidEntry) as exc:
+        raise BadExchangeAnswer(f"{exchange}: no order book: {exc}") from exc
+
+
+def _levels(side: Any, depth: int) -> tuple[tuple[float, float], ...]:
+    found: list[tuple[float, float]] = []
+    for level in side:
+        if len(found) == depth:
+            break
+        if level[1]:
+            found.append((float(level[0]), float(level[1])))
+    return tuple(found)
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is no time in ms")
+    return value

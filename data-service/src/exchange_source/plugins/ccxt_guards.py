@@ -1,0 +1,224 @@
+"""What stands between ccxt and an exchange: checks that ccxt itself does not make.
+
+* Every REST answer: status and body are checked in one place; its headers are kept for the call
+  that asked, because calls run side by side on one instance.
+* Every socket: a frame that cannot be read, or a handler that fails, would end ccxt's receive loop
+  silently and leave every watcher waiting. Here it fails them at once, and the socket is closed
+  and forgotten, so that the next watch opens a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+from ccxt.base.errors import BaseError
+
+from exchange_source.interfaces import BadExchangeAnswer, ExchangeError
+from exchange_source.plugins.ccxt_errors import (
+    Headers,
+    parse_retry_after,
+    status_error,
+    translate,
+)
+
+# ccxt ships no types: the base of what is mixed into its classes, and everything that comes
+# through it.
+_Vendor: Any = object
+
+# Real seconds that a peer gets to answer a closing handshake; a mute one never does.
+_CLOSE_TIMEOUT_S: Final = 1.0
+# Real seconds that ccxt may put off dialling after failures; who starts a stream paces itself too.
+_LONGEST_DIAL_DELAY_S: Final = 5.0
+# Entries of ``exchange.urls`` that are for readers, not for requests.
+_URLS_FOR_READERS: Final = frozenset({"logo", "www", "doc", "fees", "referral"})
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came with one REST answer beside its body."""
+
+    headers: Headers = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Subscriber:
+    """Which socket a watch went through."""
+
+    socket: Any = None
+
+
+ANSWER: ContextVar[Answer | None] = ContextVar("answer", default=None)
+SUBSCRIBER: ContextVar[Subscriber | None] = ContextVar("subscriber", default=None)
+
+
+class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an untyped library
+    """The checks, mixed in front of a ccxt.pro class. Everything else is that class's."""
+
+    public_name: str
+    closing: set[asyncio.Task[None]]
+
+    def answer_problem(self, response: Any) -> str | None:  # noqa: ARG002  a hook
+        """What a decoded answer lacks to be believed, or None."""
+        return None
+
+    def refused_watches(self, message: Any) -> tuple[list[str], ExchangeError] | None:  # noqa: ARG002
+        """The message hashes of watches that ``message`` refuses, and why; None otherwise.
+
+        No hash means that it cannot be told which: then all of the socket's fail.
+        """
+        return None
+
+    def handle_errors(
+        self,
+        code: int,
+        reason: str,
+        url: str,
+        method: str,
+        headers: dict[str, str],
+        body: str,
+        response: Any,
+        request_headers: Any,
+        request_body: Any,
+    ) -> Any:
+        received = {name.lower(): value for name, value in headers.items()}
+        answer = ANSWER.get()
+        if answer is not None:
+            answer.headers = received
+        name = self.public_name
+        now = self.milliseconds()
+        if failed := status_error(name, code, reason, body, received, real_ms=now):
+            raise failed
+        if not isinstance(response, dict | list):
+            what = f"no JSON document: {body[:200]!r}" if body else "an empty body"
+            raise BadExchangeAnswer(f"{name}: HTTP {code} with {what}")
+        try:
+            result = super().handle_errors(
+                code, reason, url, method, headers, body, response, request_headers, request_body
+            )
+        except BaseError as exc:
+            delay = parse_retry_after(received, real_ms=now)
+            raise translate(exc, name, retry_after=delay) from exc
+        if code < 400 and (problem := self.answer_problem(response)):
+            raise BadExchangeAnswer(f"{name}: answer {problem}: {body[:200]}")
+        return result
+
+    def client(self, url: str) -> Any:
+        socket = super().client(url)
+        if not hasattr(socket, "dialling"):
+            socket.dialling = None
+            self._guard(socket)
+        return socket
+
+    def watch(self, url: str, *args: Any, **kwargs: Any) -> Any:
+        future = super().watch(url, *args, **kwargs)
+        self._note_socket(url)
+        return future
+
+    def watch_multiple(self, url: str, *args: Any, **kwargs: Any) -> Any:
+        future = super().watch_multiple(url, *args, **kwargs)
+        self._note_socket(url)
+        return future
+
+    def ws_dial_delay(self, url: str) -> float:
+        return min(float(super().ws_dial_delay(url)), _LONGEST_DIAL_DELAY_S)
+
+    def handle_message(self, client: Any, message: Any) -> None:
+        if not isinstance(message, dict | list):
+            raise BadExchangeAnswer(f"{self.public_name}: frame is no JSON: {message!r:.200}")
+        refused = self.refused_watches(message)
+        if refused is None:
+            super().handle_message(client, message)
+            return
+        hashes, error = refused
+        if not hashes:
+            self.fail_socket(client, error)
+        for message_hash in hashes:
+            client.subscriptions.pop(message_hash, None)
+            client.reject(error, message_hash)
+
+    def fail_socket(self, socket: Any, error: ExchangeError) -> None:
+        """Fail every watcher of ``socket`` with ``error`` now, forget it, close it behind."""
+        if self.clients.get(socket.url) is socket:
+            del self.clients[socket.url]
+        if socket.error is not None:
+            return
+        socket.error = error
+        socket.reject(error)
+        task = asyncio.get_running_loop().create_task(_close(socket))
+        self.closing.add(task)
+        task.add_done_callback(self.closing.discard)
+
+    def _note_socket(self, url: str) -> None:
+        subscriber = SUBSCRIBER.get()
+        if subscriber is not None:
+            subscriber.socket = self.clients.get(url)
+
+    def _guard(self, socket: Any) -> None:
+        receive, dial = socket.handle_message, socket.open
+
+        def handle_message(frame: Any) -> None:
+            if socket.error is not None:
+                return
+            try:
+                receive(frame)
+            except Exception as exc:  # noqa: BLE001  outermost: what passes here ends the receiving
+                error = BadExchangeAnswer(f"{self.public_name}: broken frame: {exc!s:.200}")
+                error.__cause__ = exc
+                self.fail_socket(socket, error)
+
+        async def open_(session: Any, backoff_delay: float = 0) -> None:
+            if socket.error is not None:
+                return
+            socket.dialling = asyncio.current_task()
+            try:
+                await dial(session, backoff_delay)
+            finally:
+                socket.dialling = None
+
+        socket.handle_message = handle_message
+        socket.open = open_
+
+
+async def _close(socket: Any) -> None:
+    if socket.dialling is not None:
+        socket.dialling.cancel()
+        await asyncio.gather(socket.dialling, return_exceptions=True)
+    with contextlib.suppress(TimeoutError, OSError, aiohttp.ClientError):
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await socket.aiohttp_close()
+
+
+def guarded(vendor: Any, guards: type[VendorGuards]) -> Any:
+    """The ccxt.pro class ``vendor`` with ``guards`` before it."""
+    return type(f"Guarded{vendor.__name__}", (guards, vendor), {})
+
+
+def redirect_urls(urls: Any, endpoint: str) -> Any:
+    """``exchange.urls`` with scheme and host of every API URL replaced by those of ``endpoint``.
+
+    Paths stay; sockets get ``ws`` for ``http`` and ``wss`` for ``https``; what is for readers
+    (logo, www, doc, fees) stays as it is.
+    """
+    target = urlsplit(endpoint)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if not isinstance(value, str) or "://" not in value:
+            return value
+        scheme = target.scheme
+        if value.startswith("ws"):
+            scheme = "wss" if scheme == "https" else "ws"
+        # The host part may hold placeholders such as {hostname}.
+        return re.sub(r"^\w+://[^/]*", lambda _: f"{scheme}://{target.netloc}", value)
+
+    return {key: value if key in _URLS_FOR_READERS else moved(value) for key, value in urls.items()}

@@ -1,0 +1,290 @@
+"""History for those who ask: pages, streams, the newest candle, summaries and coverage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from domain.candle import Candle
+from domain.clock import IClock
+from domain.entry import Entry
+from domain.gap import Gap
+from domain.interval import Interval
+from domain.series import Series
+from domain.time_range import TimeRange
+from errors import InvalidRequest, NoData
+from exchange_source.interfaces import ExchangeError
+from historical.current_fetcher import CurrentDataFetcher
+from historical.fetcher import HistoricalFetcher, Page, joined
+from historical.interfaces import (
+    Coverage,
+    CurrentData,
+    History,
+    IHistoricalDataManager,
+    IJsonWebSocket,
+    ISeriesDirectory,
+    Summary,
+)
+from historical.summary import (
+    max_drawdown_percent,
+    thinned,
+    typical_price_vwap,
+    volatility,
+)
+from reconciliation.interfaces import IReconciler
+
+COLUMNS: Final = ("timestamp", "open", "high", "low", "close", "volume")
+SUMMARY_CANDLES: Final = 50
+SUMMARY_PAGE: Final = 5_000
+# A page of history asks the exchange for at most this many windows: a range without candles is
+# walked through by the client, with next_start, and never ties up a request.
+WINDOWS_A_PAGE: Final = 10
+# How far back (periods) the newest candle of a series that is not collected is looked for.
+CURRENT_REACH: Final = 50
+
+FormingLookup = Callable[[Series], tuple[Candle, int] | None]
+"""The forming candle of a series that is collected, and when (market ms) it came."""
+
+
+def as_row(entry: Entry) -> list[float]:
+    """A candle in the order of ``COLUMNS``."""
+    candle = entry.candle
+    return [
+        candle.timestamp,
+        candle.open,
+        candle.high,
+        candle.low,
+        candle.close,
+        candle.volume,
+    ]
+
+
+def as_gap(gap: Gap, interval: Interval) -> dict[str, Any]:
+    """A gap as it goes over the wire."""
+    return {
+        "start": gap.range.start,
+        "end": gap.range.end,
+        "count": gap.count(interval),
+        "reason": gap.reason.value,
+    }
+
+
+class HistoricalDataManagerImpl(IHistoricalDataManager):
+    """Decides which series is meant, cuts ranges into pages, and says what is missing."""
+
+    def __init__(
+        self,
+        *,
+        directory: ISeriesDirectory,
+        fetcher: HistoricalFetcher,
+        current: CurrentDataFetcher,
+        reconciler: IReconciler,
+        forming: FormingLookup,
+        clock: IClock,
+    ) -> None:
+        self._directory = directory
+        self._fetcher = fetcher
+        self._current = current
+        self._reconciler = reconciler
+        self._forming = forming
+        self._clock = clock
+
+    async def get_historical_data(
+        self,
+        coin: str,
+        start: int,
+        end: int,
+        *,
+        exchange: str | None = None,
+        interval: str = "5m",
+        limit: int = 500,
+    ) -> History:
+        wanted = _range(start, end)
+        resolved = await self._directory.resolve(coin, exchange=exchange, interval=interval)
+        step = resolved.series.interval.milliseconds
+        closed = self._fetcher.closed_part(resolved, wanted)
+        pages: list[Page] = []
+        count, at = 0, closed.start
+        while at < closed.end and count < limit and len(pages) < WINDOWS_A_PAGE:
+            window = TimeRange(at, min(closed.end, at + (limit - count) * step))
+            page = await self._fetcher.fetch_data(resolved, window)
+            pages.append(page)
+            count += len(page.entries)
+            at = window.end
+        _refuse_if_unanswered(pages)
+        return History(
+            series=resolved.series,
+            market=resolved.market,
+            range=wanted,
+            entries=tuple(entry for page in pages for entry in page.entries),
+            gaps=joined(gap for page in pages for gap in page.gaps),
+            from_storage=sum(page.from_storage for page in pages),
+            from_exchange=sum(page.from_exchange for page in pages),
+            next_start=at if at < closed.end else None,
+        )
+
+    async def stream_historical_data(
+        self,
+        websocket: IJsonWebSocket,
+        coin: str,
+        start: int,
+        end: int,
+        *,
+        exchange: str | None = None,
+        interval: str = "5m",
+        chunk_size: int = 1000,
+        request_id: str | None = None,
+    ) -> None:
+        wanted = _range(start, end)
+        resolved = await self._directory.resolve(coin, exchange=exchange, interval=interval)
+        series = resolved.series
+        answers = {} if request_id is None else {"request_id": request_id}
+        chunks = count = from_storage = from_exchange = 0
+        gaps: list[Gap] = []
+        unanswered: ExchangeError | None = None
+        async for page in self._fetcher.pages(resolved, wanted, periods=chunk_size):
+            gaps = list(joined([*gaps, *page.gaps]))
+            unanswered = page.error or unanswered
+            if not page.entries:
+                continue
+            await websocket.send_json(
+                {
+                    "type": "historical_data_chunk",
+                    **answers,
+                    "index": chunks,
+                    "exchange": series.exchange,
+                    "coin": series.coin,
+                    "market": resolved.market,
+                    "interval": series.interval.name,
+                    "columns": COLUMNS,
+                    "rows": [as_row(entry) for entry in page.entries],
+                }
+            )
+            chunks += 1
+            count += len(page.entries)
+            from_storage += page.from_storage
+            from_exchange += page.from_exchange
+        if count == 0 and unanswered is not None:
+            raise unanswered
+        await websocket.send_json(
+            {
+                "type": "historical_data_complete",
+                **answers,
+                "count": count,
+                "chunks": chunks,
+                "gaps": [as_gap(gap, series.interval) for gap in gaps],
+                "sources": {"storage": from_storage, "exchange": from_exchange},
+            }
+        )
+
+    async def get_most_current_data(
+        self, coin: str, *, exchange: str | None = None, interval: str = "5m"
+    ) -> CurrentData:
+        resolved = await self._directory.resolve(coin, exchange=exchange, interval=interval)
+        series = resolved.series
+        if resolved.since is None:
+            # Nobody keeps this series: what is stored may be old.
+            closed_end = series.interval.floor(self._clock.now_ms())
+            reach = CURRENT_REACH * series.interval.milliseconds
+            page = await self._fetcher.fetch_data(
+                resolved, TimeRange(closed_end - reach, closed_end)
+            )
+            error = page.error
+        else:
+            error = None
+        entry = await self._current.get_latest_entry(series)
+        forming = self._forming(series)
+        now = self._clock.now_ms()
+        if forming is not None and (entry is None or forming[0].timestamp > entry.timestamp):
+            candle, heard_at = forming
+            return CurrentData(series, resolved.market, candle, None, max(0, now - heard_at))
+        if entry is not None:
+            return CurrentData(
+                series, resolved.market, entry.candle, entry, max(0, now - entry.end)
+            )
+        if error is not None:
+            raise error
+        raise NoData(f"nothing is known of {series} yet; add the coin, or ask again later")
+
+    async def summarize_history(
+        self,
+        coin: str,
+        start: int,
+        end: int,
+        *,
+        exchange: str | None = None,
+        interval: str = "5m",
+    ) -> Summary:
+        wanted = _range(start, end)
+        resolved = await self._directory.resolve(coin, exchange=exchange, interval=interval)
+        pages = [page async for page in self._fetcher.pages(resolved, wanted, periods=SUMMARY_PAGE)]
+        _refuse_if_unanswered(pages)
+        candles = [entry.candle for page in pages for entry in page.entries]
+        if not candles:
+            raise NoData(
+                f"there is no candle of {resolved.series} between {start} and {end}; "
+                f"get_coverage says what is stored"
+            )
+        first, last = candles[0], candles[-1]
+        shown, periods = thinned(candles, resolved.series.interval.milliseconds, SUMMARY_CANDLES)
+        return Summary(
+            series=resolved.series,
+            market=resolved.market,
+            range=wanted,
+            count=len(candles),
+            first=first,
+            last=last,
+            high=max(candle.high for candle in candles),
+            low=min(candle.low for candle in candles),
+            change_percent=(last.close / first.open - 1) * 100,
+            volume=sum(candle.volume for candle in candles),
+            vwap=typical_price_vwap(candles),
+            volatility=volatility(candles),
+            max_drawdown_percent=max_drawdown_percent(candles),
+            candles=shown,
+            candle_periods=periods,
+            gaps=joined(gap for page in pages for gap in page.gaps),
+        )
+
+    async def get_coverage(
+        self, coin: str, *, exchange: str | None = None, interval: str = "5m"
+    ) -> Coverage:
+        resolved = await self._directory.resolve(coin, exchange=exchange, interval=interval)
+        series = resolved.series
+        view = self._reconciler.view(series, resolved.market)
+        now = series.interval.floor(self._clock.now_ms())
+        await view.load(TimeRange(resolved.since or 0, now))
+        start = resolved.since
+        if start is None:
+            stored = view.stored_ranges(TimeRange(0, now))
+            start = stored[0].start if stored else now
+        wanted = TimeRange(start, now)
+        ranges = view.stored_ranges(wanted)
+        step = series.interval.milliseconds
+        return Coverage(
+            series=series,
+            first=ranges[0].start if ranges else None,
+            last=ranges[-1].end - step if ranges else None,
+            expected=wanted.length // step,
+            stored=sum(run.length for run in ranges) // step,
+            with_order_book=view.booked_count(wanted),
+            ranges=tuple(ranges),
+            gaps=tuple(view.gaps(wanted)),
+        )
+
+
+def _range(start: int, end: int) -> TimeRange:
+    if start < 0:
+        raise InvalidRequest(f"start {start} lies before 1970; times are ms since the epoch, UTC")
+    if end <= start:
+        raise InvalidRequest(f"end {end} is not after start {start}; ranges are [start, end)")
+    return TimeRange(start, end)
+
+
+def _refuse_if_unanswered(pages: list[Page]) -> None:
+    """Without a single row, the exchange's silence is the answer."""
+    if any(page.entries for page in pages):
+        return
+    for page in pages:
+        if page.error is not None:
+            raise page.error

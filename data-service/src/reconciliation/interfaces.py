@@ -1,0 +1,129 @@
+"""Whether a period is settled, decided in one place.
+
+The stream says when to look, the exchange's REST says what is true, storage says what is missing.
+A period is settled when its entry is stored and verified, or it is proven to have no trades, or
+the exchange does not offer it any more.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from domain.entry import Entry
+from domain.gap import Gap, GapReason
+from domain.order_book import OrderBook
+from domain.series import Series
+from domain.time_range import RangeSet, TimeRange
+from exchange_source.interfaces import ExchangeError, Priority
+from storage.interfaces import Stored
+
+Sink = Callable[[Sequence[Entry]], Awaitable[list[Stored]]]
+"""Takes settled entries of one series, ascending, and returns once they are stored."""
+
+SettledListener = Callable[[Series], Awaitable[None]]
+"""Told after every settled page of a series, with the page's entries stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class SettleReport:
+    """What settling a range came to.
+
+    Attributes:
+        range: the closed periods that were asked for.
+        gaps: every run of periods of the range without an entry, ascending, with its reason.
+        fetched: the periods whose entries were stored meanwhile.
+        error: why the exchange could not be asked for the rest, or None.
+    """
+
+    range: TimeRange
+    gaps: tuple[Gap, ...]
+    fetched: RangeSet
+    error: ExchangeError | None = None
+
+    @property
+    def open(self) -> tuple[Gap, ...]:
+        """The gaps that may still close: pending or unreachable."""
+        return tuple(
+            gap for gap in self.gaps if gap.reason in (GapReason.PENDING, GapReason.UNREACHABLE)
+        )
+
+
+class ISeriesView(ABC):
+    """What is known of one series, without reading documents."""
+
+    @property
+    @abstractmethod
+    def series(self) -> Series: ...
+
+    @property
+    @abstractmethod
+    def market(self) -> str: ...
+
+    @abstractmethod
+    async def load(self, wanted: TimeRange) -> None:
+        """Know what storage holds of ``wanted``.
+
+        Raises:
+            StorageError: storage cannot be listed; then nothing may be concluded.
+        """
+
+    @abstractmethod
+    def stored_ranges(self, within: TimeRange) -> list[TimeRange]:
+        """Runs of stored periods, ascending."""
+
+    @abstractmethod
+    def booked_count(self, within: TimeRange) -> int:
+        """How many stored periods have an order book."""
+
+    @abstractmethod
+    def gaps(self, within: TimeRange) -> list[Gap]:
+        """Runs of closed periods without an entry, ascending, with their reasons."""
+
+    @abstractmethod
+    def next_look_at(self) -> int | None:
+        """When (market ms) the next second look at a period is due; None when none is owed."""
+
+    @abstractmethod
+    def looks_due(self) -> TimeRange | None:
+        """The smallest range that holds every period whose look is due; None when none is."""
+
+    @abstractmethod
+    def note_book(self, timestamp: int, book: OrderBook) -> None:
+        """Remember the book at the close of the period that opens at ``timestamp``."""
+
+    @abstractmethod
+    def use_sink(self, sink: Sink | None) -> None:
+        """Send settled entries to ``sink``; None sends them to storage alone."""
+
+    @abstractmethod
+    def forget_what_is_not_offered(self) -> None:
+        """Ask again for what the exchange did not offer when it was asked last."""
+
+
+class IReconciler(ABC):
+    """Settles ranges of series, whoever asks."""
+
+    @abstractmethod
+    def view(self, series: Series, market: str) -> ISeriesView:
+        """The one view of the series in this process."""
+
+    @abstractmethod
+    async def settle(
+        self, series: Series, market: str, wanted: TimeRange, *, priority: Priority
+    ) -> SettleReport:
+        """Fetch just what is missing of the closed periods of ``wanted``, newest first, verify,
+        store, and say what stays open and why.
+
+        The work belongs to the reconciler: a caller that is cancelled does not end it for others.
+        Equal requests share one. An exchange that cannot be asked is no error here: its periods
+        stay open with the reason ``unreachable``.
+
+        Raises:
+            StorageError: storage cannot be listed or written.
+        """
+
+    @abstractmethod
+    def retry_in(self, exchange: str) -> float:
+        """Real seconds until the exchange may be asked again after a failure; 0 when it may now."""

@@ -1,0 +1,88 @@
+"""The reconciler: one view a series, one settling worker an exchange."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping
+from weakref import WeakValueDictionary
+
+import structlog
+
+from domain.clock import IClock
+from domain.series import Series
+from domain.time_range import TimeRange
+from errors import DataServiceError, UnknownExchange
+from exchange_source.interfaces import IExchangeAPIClient, Priority
+from reconciliation.interfaces import IReconciler, SettledListener, SettleReport
+from reconciliation.series_state import SeriesState
+from reconciliation.worker import SettlingWorker
+from storage.interfaces import IStorageManager
+
+log = structlog.get_logger(__name__)
+
+
+class Reconciler(IReconciler):
+    """Settles ranges on any of the enabled exchanges; ``run`` is owned by the lifespan."""
+
+    def __init__(
+        self,
+        clients: Mapping[str, IExchangeAPIClient],
+        storage: IStorageManager,
+        clock: IClock,
+        *,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._storage = storage
+        self._clock = clock
+        self._listeners: list[SettledListener] = []
+        # Views of series that nobody uses go; those that are collected are held by their keepers.
+        self._states: WeakValueDictionary[Series, SeriesState] = WeakValueDictionary()
+        seeded = rng if rng is not None else random.Random()  # noqa: S311  jitter is no secret
+        self._workers = {
+            name: SettlingWorker(client, clock, on_settled=self._settled, rng=seeded)
+            for name, client in clients.items()
+        }
+
+    def listen(self, listener: SettledListener) -> None:
+        """Tell ``listener`` after every settled page."""
+        self._listeners.append(listener)
+
+    def view(self, series: Series, market: str) -> SeriesState:
+        state = self._states.get(series)
+        if state is None:
+            state = SeriesState(series, market, self._storage, self._clock)
+            self._states[series] = state
+        return state
+
+    async def settle(
+        self, series: Series, market: str, wanted: TimeRange, *, priority: Priority
+    ) -> SettleReport:
+        state = self.view(series, market)
+        return await self._worker(series.exchange).settle(state, wanted, priority=priority)
+
+    def retry_in(self, exchange: str) -> float:
+        return self._worker(exchange).retry_in
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for worker in self._workers.values():
+                group.create_task(worker.run())
+
+    async def _settled(self, series: Series) -> None:
+        for listener in self._listeners:
+            try:
+                await listener(series)
+            except DataServiceError as exc:
+                # Level-triggered: the next settling, or the clock, tells it again.
+                log.warning("settled_but_not_told", series=str(series), error=exc.message)
+
+    def _worker(self, exchange: str) -> SettlingWorker:
+        try:
+            return self._workers[exchange]
+        except KeyError:
+            known = ", ".join(sorted(self._workers))
+            raise UnknownExchange(
+                f"exchange {exchange!r} is not enabled; these are: {known}"
+            ) from None

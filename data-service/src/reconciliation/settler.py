@@ -1,0 +1,109 @@
+"""settle(): the one function that closes candles, resumes, backfills, corrects and repairs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from domain.time_range import RangeSet, TimeRange
+from exchange_source.interfaces import (
+    ExchangeError,
+    HistoricalData,
+    IExchangeAPIClient,
+    Priority,
+)
+from reconciliation.interfaces import SettleReport
+from reconciliation.series_state import SeriesState
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a range has been settled: what lies before ``remaining.end`` is still to do."""
+
+    wanted: TimeRange
+    remaining: TimeRange
+    fetched: RangeSet = field(default_factory=RangeSet)
+    error: ExchangeError | None = None
+
+    @classmethod
+    def over(cls, wanted: TimeRange) -> Progress:
+        return cls(wanted=wanted, remaining=wanted)
+
+
+Ask = Callable[[SeriesState, TimeRange], Awaitable[HistoricalData]]
+"""Asks the exchange about the periods of one page; raises ``ExchangeError``."""
+
+
+def asking(client: IExchangeAPIClient, priority: Priority) -> Ask:
+    """Ask ``client`` directly."""
+
+    async def ask(state: SeriesState, page: TimeRange) -> HistoricalData:
+        return await client.fetch_historical_data(
+            state.market, state.series.interval.name, page.start, page.end, priority=priority
+        )
+
+    return ask
+
+
+async def settle_page(
+    state: SeriesState, progress: Progress, ask: Ask, *, page_periods: int
+) -> bool:
+    """Settle the newest page of what remains; the series is locked for this one page.
+
+    Returns:
+        Whether something remains to be done.
+
+    Raises:
+        ExchangeError: the exchange could not be asked; the page stays open.
+        StorageError: storage could not be listed or written; nothing was concluded.
+    """
+    async with state.lock:
+        await state.load(progress.wanted)
+        asked = state.work(progress.remaining)
+        if asked.end is None:
+            progress.remaining = TimeRange(progress.wanted.start, progress.wanted.start)
+            return False
+        # One request may settle many holes: everything to do within a page of the newest.
+        reach = page_periods * state.series.interval.milliseconds
+        page = RangeSet(asked.within(TimeRange(asked.end - reach, asked.end)))
+        span = TimeRange(next(iter(page)).start, asked.end)
+        try:
+            answer = await ask(state, span)
+        except ExchangeError:
+            state.note_unreachable()
+            raise
+        for run in await state.record(page, answer):
+            progress.fetched.add(run)
+        await state.save()
+        progress.remaining = TimeRange(progress.remaining.start, span.start)
+    return bool(progress.remaining)
+
+
+def report_of(state: SeriesState, progress: Progress) -> SettleReport:
+    """What settling has come to so far."""
+    closed = state.closed_part(progress.wanted)
+    return SettleReport(
+        range=closed,
+        gaps=tuple(state.gaps(closed)),
+        fetched=progress.fetched,
+        error=progress.error,
+    )
+
+
+async def settle(
+    state: SeriesState, wanted: TimeRange, ask: Ask, *, page_periods: int
+) -> SettleReport:
+    """Settle a range page by page, newest first; what the exchange refuses stays open.
+
+    Raises:
+        StorageError: storage could not be listed or written; nothing was concluded.
+    """
+    progress = Progress.over(wanted)
+    more = True
+    while more:
+        try:
+            more = await settle_page(state, progress, ask, page_periods=page_periods)
+        except ExchangeError as exc:
+            progress.error = exc
+            more = False
+    return report_of(state, progress)

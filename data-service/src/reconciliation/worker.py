@@ -1,0 +1,225 @@
+"""The settling worker of one exchange: who is settled first, and how an outage is probed.
+
+Jobs wait in a queue by priority, a page at a time, so that a live candle never stands behind a
+whole backfill. After a failure the exchange is left alone for a while that grows; then one job
+asks, and the others follow only once it was answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import random
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from domain.clock import IClock
+from domain.time_range import TimeRange
+from exchange_source.interfaces import (
+    ExchangeError,
+    ExchangeUnavailable,
+    HistoricalData,
+    IExchangeAPIClient,
+    Priority,
+)
+from reconciliation.interfaces import SettledListener, SettleReport
+from reconciliation.series_state import SeriesState
+from reconciliation.settler import Ask, Progress, asking, report_of, settle_page
+
+RUNNERS: Final = 8
+QUEUE_BOUND: Final = 10_000
+FIRST_PAUSE_S: Final = 0.5
+LONGEST_PAUSE_S: Final = 30.0
+
+log = structlog.get_logger(__name__)
+
+
+class Outage:
+    """Whether the exchange may be asked now (real time)."""
+
+    def __init__(self, exchange: str, clock: IClock, rng: random.Random) -> None:
+        self._exchange = exchange
+        self._clock = clock
+        self._rng = rng
+        self._failures = 0
+        self._until = 0.0
+        self._probing = False
+
+    def enter(self) -> None:
+        """Let a request out; during an outage that is one probe at a time.
+
+        Raises:
+            ExchangeUnavailable: it is too early to ask again.
+        """
+        if self._failures == 0:
+            return
+        if self._probing or self._clock.monotonic() < self._until:
+            raise ExchangeUnavailable(
+                f"{self._exchange} could not be asked a moment ago and is left alone until the "
+                f"next try",
+                retry_after=self.retry_in,
+            )
+        self._probing = True
+
+    def answered(self) -> None:
+        if self._failures:
+            log.info("exchange_answers_again", exchange=self._exchange)
+        self._failures = 0
+        self._probing = False
+
+    def failed(self, error: ExchangeError) -> None:
+        if self._failures and not self._probing:
+            return  # sent before the outage began: no further failure
+        if self._failures == 0:
+            log.warning("exchange_cannot_be_asked", exchange=self._exchange, error=error.message)
+        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failures, 16))
+        pause = max(pause * self._rng.uniform(0.75, 1.25), error.retry_after or 0.0)
+        self._failures += 1
+        self._until = self._clock.monotonic() + pause
+        self._probing = False
+
+    def released(self) -> None:
+        """The request ended without an answer of the exchange, such as by cancellation."""
+        self._probing = False
+
+    @property
+    def retry_in(self) -> float:
+        """Real seconds until the next request may be tried."""
+        if self._failures == 0:
+            return 0.0
+        return max(0.05, self._until - self._clock.monotonic())
+
+
+@dataclass(order=True, slots=True)
+class _Job:
+    priority: Priority
+    order: int
+    state: SeriesState = field(compare=False)
+    progress: Progress = field(compare=False)
+    done: asyncio.Future[SettleReport] = field(compare=False)
+
+
+class SettlingWorker:
+    """Runs the settling jobs of one exchange; ``run`` is owned by the lifespan."""
+
+    def __init__(
+        self,
+        client: IExchangeAPIClient,
+        clock: IClock,
+        *,
+        on_settled: SettledListener,
+        rng: random.Random,
+        runners: int = RUNNERS,
+    ) -> None:
+        self._client = client
+        self._outage = Outage(client.get_exchange_name(), clock, rng)
+        self._on_settled = on_settled
+        self._page_periods = client.history_page
+        self._runners = runners
+        self._queue: list[_Job] = []
+        self._order = itertools.count()
+        self._ready = asyncio.Condition()
+        self._shared: dict[tuple[SeriesState, TimeRange, Priority], asyncio.Future[SettleReport]]
+        self._shared = {}
+        self._stopped = False
+
+    @property
+    def retry_in(self) -> float:
+        """Real seconds until the exchange may be asked again; 0 when it may now."""
+        return self._outage.retry_in
+
+    async def settle(
+        self, state: SeriesState, wanted: TimeRange, *, priority: Priority
+    ) -> SettleReport:
+        """Queue a range and wait for what it comes to; see ``IReconciler.settle``."""
+        key = (state, wanted, priority)
+        done = self._shared.get(key)
+        if done is None:
+            if len(self._queue) >= QUEUE_BOUND or self._stopped:
+                raise ExchangeUnavailable(
+                    f"{self._client.get_exchange_name()} has {len(self._queue)} ranges waiting; "
+                    f"ask again later",
+                    retry_after=LONGEST_PAUSE_S,
+                )
+            done = asyncio.get_running_loop().create_future()
+            self._shared[key] = done
+            done.add_done_callback(lambda _: self._shared.pop(key, None))
+            await self._put(_Job(priority, next(self._order), state, Progress.over(wanted), done))
+        return await asyncio.shield(done)
+
+    async def run(self) -> None:
+        """Work until cancelled; jobs that are left then end with ``ExchangeUnavailable``."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._runners):
+                    group.create_task(self._run_jobs())
+        finally:
+            self._stopped = True
+            for done in list(self._shared.values()):
+                _fail(done, ExchangeUnavailable("the service is shutting down"))
+
+    async def _put(self, job: _Job) -> None:
+        async with self._ready:
+            heapq.heappush(self._queue, job)
+            self._ready.notify()
+
+    async def _run_jobs(self) -> None:
+        while True:
+            async with self._ready:
+                while not self._queue:
+                    await self._ready.wait()
+                job = heapq.heappop(self._queue)
+            if await self._work(job):
+                job.order = next(self._order)
+                await self._put(job)
+
+    async def _work(self, job: _Job) -> bool:
+        """Settle one page of a job; whether it has to be queued again."""
+        progress, more = job.progress, False
+        try:
+            more = await settle_page(
+                job.state, progress, self._asking(job.priority), page_periods=self._page_periods
+            )
+            await self._on_settled(job.state.series)
+        except ExchangeError as exc:
+            progress.error = exc
+        except asyncio.CancelledError:
+            _fail(job.done, ExchangeUnavailable("the service is shutting down"))
+            raise
+        except Exception as exc:  # noqa: BLE001  the outermost loop: the caller gets the error
+            _fail(job.done, exc)
+            return False
+        if not more and not job.done.done():
+            job.done.set_result(report_of(job.state, progress))
+        return more
+
+    def _asking(self, priority: Priority) -> Ask:
+        direct = asking(self._client, priority)
+
+        async def ask(state: SeriesState, page: TimeRange) -> HistoricalData:
+            self._outage.enter()
+            try:
+                answer = await direct(state, page)
+            except ExchangeUnavailable as exc:
+                self._outage.failed(exc)
+                raise
+            except ExchangeError:
+                self._outage.answered()
+                raise
+            except BaseException:
+                self._outage.released()
+                raise
+            self._outage.answered()
+            return answer
+
+        return ask
+
+
+def _fail(done: asyncio.Future[SettleReport], error: Exception) -> None:
+    if not done.done():
+        done.set_exception(error)
+        # A caller that has left must not make the loop complain that nobody asked.
+        done.exception()

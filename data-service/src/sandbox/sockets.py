@@ -1,0 +1,385 @@
+"""WebSockets and the feeds that fill them, whatever the protocol.
+
+A feed exists once for all its subscribers and is paced by market time: every frame is encoded
+once. Each socket has a bounded outbox; a client that reads too slowly is dropped. Guarantees:
+frames of one feed arrive in order; no closed period that has a candle is skipped, unless a fault
+asks for it. A feed that nobody listens to does not run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from aiohttp import web
+
+from domain.candle import Candle
+from domain.interval import Interval
+from domain.order_book import Level, OrderBook
+from domain.time_range import TimeRange
+from sandbox.faults import Fault
+from sandbox.prices import Instrument, Trade
+from sandbox.venue import Ticker, Venue
+
+_OUTBOX: Final = 2_000
+_SEND_TIMEOUT_S: Final = 20.0
+# Frames of one channel are never closer than this, in real ms.
+_CLOSEST_MS: Final = 100
+_RHYTHM_MS: Final = 1_000
+_BOOK_RHYTHM_MS: Final = 500
+# A period shorter than this in real ms shares its frame with its neighbours.
+_SHORT_PERIOD_MS: Final = 500
+_CANDLES_A_FRAME: Final = 50
+_TRADES_A_FRAME: Final = 200
+_FIRST_TRADES: Final = 10
+_FIRST_TRADES_MS: Final = 60_000
+_MOST_CHANNELS: Final = 400
+
+_log = logging.getLogger(__name__)
+
+
+class Feed(ABC):
+    """One channel: what to send to a new subscriber, and what at each tick to all of them."""
+
+    def __init__(self, venue: Venue, instrument: Instrument, key: str, channel: str) -> None:
+        self.venue = venue
+        self.instrument = instrument
+        self.key = key
+        self.channel = channel
+        self.timeframe: str | None = None
+
+    @abstractmethod
+    def first(self) -> Sequence[str]:
+        """The frames that a new subscriber starts with."""
+
+    @abstractmethod
+    def tick(self, now: int) -> Sequence[str]:
+        """The frames of this moment; ``now`` is in market ms."""
+
+    def next_tick(self, now: int) -> int:
+        """When the next tick is due, in market ms."""
+        return now + self.pace(_RHYTHM_MS)
+
+    def pace(self, rhythm_ms: int) -> int:
+        """``rhythm_ms`` of market time, or longer where that would be too fast in real time."""
+        return max(rhythm_ms, int(_CLOSEST_MS * self.venue.clock.speed))
+
+
+class CandleFeed(Feed):
+    """Forming candles about every second, the final state at each close, then the next candle."""
+
+    def __init__(
+        self,
+        venue: Venue,
+        instrument: Instrument,
+        key: str,
+        interval: Interval,
+        encode: Callable[[Sequence[Candle]], str],
+    ) -> None:
+        super().__init__(venue, instrument, key, "candlestick")
+        self.timeframe = interval.name
+        self._interval = interval
+        self._encode = encode
+        self._period = interval.floor(venue.clock.now_ms())
+        self._told: Candle | None = None
+
+    def first(self) -> Sequence[str]:
+        forming = self.venue.forming(self.instrument, self._interval, self.venue.clock.now_ms())
+        return [self._encode([forming])] if forming else []
+
+    def next_tick(self, now: int) -> int:
+        paced = super().next_tick(now)
+        if self._is_short:
+            return paced
+        return min(paced, self._interval.floor(now) + self._interval.milliseconds)
+
+    def tick(self, now: int) -> Sequence[str]:
+        current = self._interval.floor(now)
+        # The exchange's clock may have been set back: what follows is then told again.
+        self._period = min(self._period, current)
+        closed = self.venue.closed(
+            self.instrument, self._interval, TimeRange(self._period, current), now
+        )
+        closed = [candle for candle in closed if self._withheld() is None]
+        self._period = current
+        forming = self.venue.forming(self.instrument, self._interval, now)
+        if forming == self._told or (forming is not None and self._is_near_withheld_end(now)):
+            forming = None
+        self._told = forming or self._told
+        candles = [*closed, forming] if forming else closed
+        size = _CANDLES_A_FRAME if self._is_short or len(closed) > 2 else 1
+        return [self._encode(candles[at : at + size]) for at in range(0, len(candles), size)]
+
+    @property
+    def _is_short(self) -> bool:
+        return self._interval.milliseconds / self.venue.clock.speed < _SHORT_PERIOD_MS
+
+    def _withheld(self) -> Fault | None:
+        return self.venue.faults.take(
+            "final_update_withheld", instrument=self.instrument.symbol, timeframe=self.timeframe
+        )
+
+    def _is_near_withheld_end(self, now: int) -> bool:
+        """Whether an update now could already be the final state that a fault withholds."""
+        length = self._interval.milliseconds
+        if now - self._interval.floor(now) < 0.9 * length:
+            return False
+        acting = self.venue.faults.acting(
+            "final_update_withheld", instrument=self.instrument.symbol, timeframe=self.timeframe
+        )
+        return next(acting, None) is not None
+
+
+class TradeFeed(Feed):
+    """Every trade once, in order; a new subscriber starts with the last few."""
+
+    def __init__(
+        self,
+        venue: Venue,
+        instrument: Instrument,
+        key: str,
+        encode: Callable[[Sequence[Trade]], str],
+    ) -> None:
+        super().__init__(venue, instrument, key, "trade")
+        self._encode = encode
+        self._told_until = venue.clock.now_ms() + 1
+
+    def first(self) -> Sequence[str]:
+        part = TimeRange(self._told_until - _FIRST_TRADES_MS, self._told_until)
+        trades = self.venue.prices.trades(self.instrument, part)[-_FIRST_TRADES:]
+        return [self._encode(trades)] if trades else []
+
+    def tick(self, now: int) -> Sequence[str]:
+        part = TimeRange(self._told_until, now + 1)
+        self._told_until = now + 1
+        trades = self.venue.prices.trades(self.instrument, part)
+        return [
+            self._encode(trades[at : at + _TRADES_A_FRAME])
+            for at in range(0, len(trades), _TRADES_A_FRAME)
+        ]
+
+
+class TickerFeed(Feed):
+    """The ticker about every second."""
+
+    def __init__(
+        self, venue: Venue, instrument: Instrument, key: str, encode: Callable[[Ticker], str]
+    ) -> None:
+        super().__init__(venue, instrument, key, "ticker")
+        self._encode = encode
+
+    def first(self) -> Sequence[str]:
+        return [self._encode(self.venue.ticker(self.instrument))]
+
+    def tick(self, now: int) -> Sequence[str]:  # noqa: ARG002 - the ticker reads the clock itself
+        return self.first()
+
+
+class BookFeed(Feed):
+    """The order book: whole each time, or once whole and then what changed.
+
+    ``encode_update`` takes the changed bids and asks (an amount of 0 removes a level), the
+    moment, the number of this state and that of the one before. Numbers are market ms, so that
+    they grow over restarts too.
+    """
+
+    def __init__(
+        self,
+        venue: Venue,
+        instrument: Instrument,
+        key: str,
+        depth: int,
+        encode: Callable[[OrderBook, int], str],
+        encode_update: Callable[[Sequence[Level], Sequence[Level], int, int, int], str] | None,
+    ) -> None:
+        super().__init__(venue, instrument, key, "book")
+        self._depth = depth
+        self._encode = encode
+        self._encode_update = encode_update
+        self._book = venue.book(instrument, depth)
+        self._number = self._book.timestamp
+
+    def first(self) -> Sequence[str]:
+        # Of the state that updates go on from, not of this moment.
+        return [self._encode(self._book, self._number)]
+
+    def next_tick(self, now: int) -> int:
+        return now + self.pace(_BOOK_RHYTHM_MS)
+
+    def tick(self, now: int) -> Sequence[str]:
+        before, book = self._book, self.venue.book(self.instrument, self._depth)
+        previous, number = self._number, max(self._number + 1, now)
+        if self._encode_update is None:
+            self._book, self._number = book, number
+            return [self._encode(book, number)]
+        bids, asks = _changes(before.bids, book.bids), _changes(before.asks, book.asks)
+        if not bids and not asks:
+            return []
+        self._book, self._number = book, number
+        return [self._encode_update(bids, asks, book.timestamp, number, previous)]
+
+
+def _changes(before: Sequence[Level], after: Sequence[Level]) -> list[Level]:
+    old, new = dict(before), dict(after)
+    gone = [(price, 0.0) for price in old if price not in new]
+    return gone + [(price, amount) for price, amount in after if old.get(price) != amount]
+
+
+class Socket:
+    """One client's WebSocket: channels, and an outbox that a task of its own empties."""
+
+    def __init__(self, number: int, ws: web.WebSocketResponse, transport: Any) -> None:
+        self.number = number
+        self.channels: set[str] = set()
+        self.last_heard: float = 0.0
+        self._ws = ws
+        self._transport = transport
+        self._outbox: asyncio.Queue[str] = asyncio.Queue(_OUTBOX)
+
+    def send(self, text: str) -> bool:
+        """Queue a frame; a client that lets its outbox run full is dropped (False)."""
+        try:
+            self._outbox.put_nowait(text)
+        except asyncio.QueueFull:
+            self.abort()
+            return False
+        return True
+
+    def abort(self) -> None:
+        """Break the TCP connection now, without a closing handshake."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def write(self) -> None:
+        """Send what is queued until the connection ends or a send takes too long."""
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            while True:
+                text = await self._outbox.get()
+                async with asyncio.timeout(_SEND_TIMEOUT_S):
+                    await self._ws.send_str(text)
+        self.abort()
+
+
+class Hub:
+    """Every open socket and running feed of the exchange."""
+
+    def __init__(self, venue: Venue) -> None:
+        self._venue = venue
+        self._numbers = itertools.count(1)
+        self._sockets: dict[int, Socket] = {}
+        self._feeds: dict[str, Feed] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._subscribers: dict[str, set[Socket]] = {}
+        self.sockets_opened = 0
+        self.sockets_dropped_slow = 0
+        self.frames_sent = 0
+        venue.faults.on_added(self._on_fault)
+
+    @property
+    def open_sockets(self) -> int:
+        return len(self._sockets)
+
+    @property
+    def running_feeds(self) -> dict[str, int]:
+        """The subscribers of each running feed."""
+        return {key: len(sockets) for key, sockets in sorted(self._subscribers.items())}
+
+    @contextlib.asynccontextmanager
+    async def connected(self, request: web.Request, ws: web.WebSocketResponse) -> Any:
+        """The socket of ``ws``, which was prepared, for as long as it is open."""
+        socket = Socket(next(self._numbers), ws, request.transport)
+        socket.last_heard = self._venue.clock.monotonic()
+        self._sockets[socket.number] = socket
+        self.sockets_opened += 1
+        writer = asyncio.create_task(socket.write())
+        try:
+            yield socket
+        finally:
+            del self._sockets[socket.number]
+            for key in list(socket.channels):
+                self.unsubscribe(socket, key)
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    def subscribe(self, socket: Socket, key: str, make: Callable[[], Feed]) -> bool:
+        """Let ``socket`` have the feed ``key``; False when it has too many already."""
+        if key in socket.channels:
+            return True
+        if len(socket.channels) >= _MOST_CHANNELS:
+            return False
+        feed = self._feeds.get(key)
+        if feed is None:
+            feed = self._feeds[key] = make()
+            self._subscribers[key] = set()
+            task = self._tasks[key] = asyncio.create_task(self._run(feed), name=f"feed {key}")
+            task.add_done_callback(lambda done: self._on_feed_ended(key, done))
+        self._subscribers[key].add(socket)
+        socket.channels.add(key)
+        for text in feed.first():
+            self._deliver(feed, socket, text)
+        return True
+
+    def unsubscribe(self, socket: Socket, key: str) -> None:
+        """Take the feed ``key`` from ``socket``; one that nobody has any more is stopped."""
+        socket.channels.discard(key)
+        listening = self._subscribers.get(key)
+        if listening is None:
+            return
+        listening.discard(socket)
+        if not listening:
+            del self._subscribers[key], self._feeds[key]
+            self._tasks.pop(key).cancel()
+
+    async def close(self) -> None:
+        """Stop every feed and break every connection."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for socket in list(self._sockets.values()):
+            socket.abort()
+
+    async def _run(self, feed: Feed) -> None:
+        clock = self._venue.clock
+        while True:
+            # Bounded, so that a clock that was set back or forth is noticed soon.
+            await clock.sleep_until(feed.next_tick(clock.now_ms()))
+            for text in feed.tick(clock.now_ms()):
+                for socket in list(self._subscribers[feed.key]):
+                    self._deliver(feed, socket, text)
+
+    def _deliver(self, feed: Feed, socket: Socket, text: str) -> None:
+        names = {
+            "instrument": feed.instrument.symbol,
+            "timeframe": feed.timeframe,
+            "channel": feed.channel,
+        }
+        faults = self._venue.faults
+        if faults.take("mute_sockets", **names) is not None:
+            return
+        if faults.take("ws_broken_frame", **names) is not None:
+            text = text[: len(text) // 2]
+        if socket.send(text):
+            self.frames_sent += 1
+        else:
+            self.sockets_dropped_slow += 1
+
+    def _on_feed_ended(self, key: str, done: asyncio.Task[None]) -> None:
+        if done.cancelled() or done.exception() is None:
+            return
+        _log.error("feed %s failed", key, exc_info=done.exception())
+        for socket in list(self._subscribers.get(key, ())):
+            socket.abort()
+
+    def _on_fault(self, fault: Fault) -> None:
+        if fault.kind != "drop_sockets":
+            return
+        for socket in list(self._sockets.values())[: fault.count]:
+            socket.abort()
+            fault.hits += 1
+        fault.cleared.set()

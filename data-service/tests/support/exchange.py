@@ -1,0 +1,248 @@
+"""An exchange in memory that keeps the contract of ``IExchangeAPIClient``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from domain.candle import Candle, CandleUpdate
+from domain.clock import IClock
+from domain.interval import Interval
+from domain.order_book import BOOK_DEPTH, OrderBook
+from domain.time_range import RangeSet, TimeRange
+from errors import InvalidRequest
+from exchange_source.interfaces import (
+    ExchangeError,
+    ExchangeRefused,
+    ExchangeUnavailable,
+    HistoricalData,
+    IExchangeAPIClient,
+    IOrderBookHandle,
+    IStreamHandle,
+    Priority,
+    UpdateCallback,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One ``fetch_historical_data`` as it arrived."""
+
+    market: str
+    interval: str
+    range: TimeRange
+    priority: Priority
+
+
+class FakeStream(IOrderBookHandle):
+    """A stream that ends when it is stopped, or when the test says with what."""
+
+    def __init__(
+        self, exchange: FakeExchange, market: str, interval: str, callback: UpdateCallback | None
+    ) -> None:
+        self.market = market
+        self.interval = interval
+        self._exchange = exchange
+        self._callback = callback
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # A stream that nobody waits for may end with an error that nobody reads.
+        self._ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+    @property
+    def running(self) -> bool:
+        return not self._ended.done()
+
+    async def deliver(self, update: CandleUpdate) -> None:
+        """Await the callback; its failure ends the stream, as with a real one."""
+        assert self._callback is not None
+        try:
+            await self._callback(update)
+        except Exception as exc:
+            self.end(exc)
+            raise
+
+    def end(self, error: Exception | None) -> None:
+        if self._ended.done():
+            return
+        if error is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
+
+    async def wait(self) -> None:
+        await asyncio.shield(self._ended)
+
+    async def stop(self) -> None:
+        self.end(None)
+
+    def snapshot(self, depth: int = BOOK_DEPTH) -> OrderBook | None:
+        book = self._exchange.book
+        return book.top(depth) if book is not None and self.running else None
+
+
+@dataclass
+class FakeExchange(IExchangeAPIClient):
+    """What an exchange says is what its attributes hold at that moment; tests change them freely.
+
+    ``candles`` maps (market, interval) to its candles by timestamp, of the future too: a candle
+    shows from its period's open on, or from ``publish_at`` (by market, interval and timestamp,
+    market ms). ``history_ms`` is how far back it gives, ``time_offset_ms`` how far its own clock
+    is ahead of ``clock``. ``fail_with`` is raised by every request while it is set. Requests wait
+    while ``gate`` is cleared. ``requests`` counts calls by method, ``asked`` holds the histories
+    asked for.
+    """
+
+    clock: IClock
+    markets: Sequence[str] = ("BTC/USD", "ETH/USD")
+    candles: dict[tuple[str, str], dict[int, Candle]] = field(default_factory=dict)
+    name: str = "crypto.com"
+    exchange_id: str = "cryptocom"
+    quotes: Sequence[str] = ("USD", "USDT", "USDC", "EUR")
+    intervals: tuple[str, ...] = ("1m", "5m", "15m", "30m", "1h", "4h", "1d")
+    history_page: int = 298
+    history_ms: int | None = None
+    grace_ms: int = 5_000
+    time_offset_ms: int = 0
+    publish_at: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    book: OrderBook | None = None
+    fail_with: ExchangeError | None = None
+    requests: Counter[str] = field(default_factory=Counter)
+    asked: list[Asked] = field(default_factory=list)
+    streams: list[FakeStream] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    def put(self, market: str, interval: str, candles: Iterable[Candle]) -> None:
+        """Add candles, or replace those of the same period."""
+        known = self.candles.setdefault((market, interval), {})
+        known.update((candle.timestamp, candle) for candle in candles)
+
+    async def push(self, update: CandleUpdate) -> None:
+        """Hand ``update`` to every running stream of its market and interval, and wait for it."""
+        for stream in list(self.streams):
+            if (stream.market, stream.interval) == (update.market, update.interval) and (
+                stream.running
+            ):
+                await stream.deliver(update)
+
+    def end_streams(self, error: Exception | None = None) -> None:
+        """End every stream, candles and books alike, with ``error``."""
+        streams, self.streams = self.streams, []
+        for stream in streams:
+            stream.end(error)
+
+    @property
+    def running_streams(self) -> list[FakeStream]:
+        """The candle streams that have not ended."""
+        return [stream for stream in self.streams if stream.running and stream.interval]
+
+    def get_exchange_name(self) -> str:
+        return self.name
+
+    def get_exchange_id(self) -> str:
+        return self.exchange_id
+
+    async def check_coin_availability(
+        self, coin_symbol: str, *, priority: Priority = Priority.REQUEST
+    ) -> str | None:
+        await self._request("check_coin_availability")
+        coin = coin_symbol.upper()
+        wanted = [coin] if "/" in coin else [f"{coin}/{quote}" for quote in self.quotes]
+        return next((market for market in wanted if market in self.markets), None)
+
+    async def fetch_historical_data(
+        self,
+        market: str,
+        interval: str,
+        start: int,
+        end: int,
+        *,
+        priority: Priority = Priority.REQUEST,
+    ) -> HistoricalData:
+        if interval not in self.intervals or start >= end:
+            raise InvalidRequest(f"{interval} from {start} to {end} cannot be fetched")
+        period = Interval.parse(interval)
+        self.asked.append(Asked(market, interval, TimeRange(start, end), priority))
+        await self._request("fetch_historical_data", market)
+        now = self.clock.now_ms() + self.time_offset_ms
+        rows = self._visible(market, period, now)
+        candles: list[Candle] = []
+        empty = RangeSet()
+        offered_from = period.ceil(start)
+        for timestamp in range(offered_from, end, period.milliseconds):
+            over = timestamp + period.milliseconds + self.grace_ms <= now
+            before = bool(rows) and min(rows) < timestamp
+            after = bool(rows) and max(rows) > timestamp
+            if timestamp in rows:
+                if over or after:
+                    candles.append(rows[timestamp])
+            elif before and after and over:
+                empty.add(TimeRange(timestamp, timestamp + period.milliseconds))
+        first = min(rows, default=offered_from)
+        not_offered = TimeRange(offered_from, min(first, max(end, offered_from)))
+        return HistoricalData(
+            candles=tuple(candles),
+            empty=tuple(empty),
+            not_offered=not_offered or None,
+            exchange_time=now,
+        )
+
+    async def fetch_order_book(
+        self, market: str, *, priority: Priority = Priority.REQUEST
+    ) -> OrderBook:
+        await self._request("fetch_order_book", market)
+        if self.book is None:
+            raise ExchangeUnavailable(f"{self.name} has no book of {market} now")
+        return self.book
+
+    async def start_realtime_stream(
+        self, market: str, interval: str, callback: UpdateCallback
+    ) -> IStreamHandle:
+        return self._start("start_realtime_stream", market, interval, callback)
+
+    async def start_order_book_stream(self, market: str) -> IOrderBookHandle:
+        return self._start("start_order_book_stream", market, "", None)
+
+    async def reset_connections(self) -> None:
+        self.requests["reset_connections"] += 1
+        self.end_streams(ExchangeUnavailable(f"{self.name} connections were reset"))
+
+    async def close(self) -> None:
+        self.closed = True
+        self.end_streams()
+
+    def _start(
+        self, method: str, market: str, interval: str, callback: UpdateCallback | None
+    ) -> FakeStream:
+        self.requests[method] += 1
+        if self.closed:
+            raise ExchangeUnavailable(f"{self.name} is closed")
+        stream = FakeStream(self, market, interval, callback)
+        self.streams.append(stream)
+        if self.fail_with is not None:
+            stream.end(self.fail_with)
+        return stream
+
+    async def _request(self, method: str, market: str | None = None) -> None:
+        self.requests[method] += 1
+        await self.gate.wait()
+        if self.closed:
+            raise ExchangeUnavailable(f"{self.name} is closed")
+        if self.fail_with is not None:
+            raise self.fail_with
+        if market is not None and market not in self.markets:
+            raise ExchangeRefused(f"{self.name} does not know the market {market}")
+
+    def _visible(self, market: str, period: Interval, now: int) -> dict[int, Candle]:
+        oldest = now - self.history_ms if self.history_ms is not None else 0
+        return {
+            timestamp: candle
+            for timestamp, candle in self.candles.get((market, period.name), {}).items()
+            if oldest <= timestamp
+            and now >= self.publish_at.get((market, period.name, timestamp), timestamp)
+        }

@@ -1,0 +1,66 @@
+"""A table of targets without Delta, for tests of what stands above it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from domain.clock import IClock
+from target_management.changes import check_changes
+from target_management.interfaces import ITargetManager, Target, TargetError
+from tests.support.clock import ManualClock
+
+
+class InMemoryTargets(ITargetManager):
+    """Rows in a dictionary.
+
+    ``rows`` is everything held, by ``target_id``; ``fail_with`` is raised by every method while
+    it is set.
+    """
+
+    def __init__(self, *targets: Target, clock: IClock | None = None) -> None:
+        self.rows: dict[str, Target] = {target.target_id: target for target in targets}
+        self.fail_with: TargetError | None = None
+        self._clock = clock or ManualClock()
+
+    async def add_target(self, target: Target) -> bool:
+        self._fail()
+        return self.rows.setdefault(target.target_id, target) is target
+
+    async def update_target(self, target_id: str, **changes: Any) -> Target | None:
+        check_changes(changes)
+        self._fail()
+        held = self.rows.get(target_id)
+        if held is None:
+            return None
+        if any(getattr(held, field) != new for field, new in changes.items()):
+            self.rows[target_id] = replace(held, **changes, last_updated=self._clock.now_ms())
+        return self.rows[target_id]
+
+    async def delete_target(self, target_id: str) -> bool:
+        self._fail()
+        return self.rows.pop(target_id, None) is not None
+
+    async def get_target(self, target_id: str) -> Target | None:
+        self._fail()
+        return self.rows.get(target_id)
+
+    async def list_targets(
+        self,
+        *,
+        enabled: bool | None = None,
+        coin: str | None = None,
+        exchange: str | None = None,
+    ) -> list[Target]:
+        self._fail()
+        return [
+            self.rows[target_id]
+            for target_id in sorted(self.rows)
+            if enabled in (None, self.rows[target_id].enabled)
+            and coin in (None, self.rows[target_id].coin)
+            and exchange in (None, self.rows[target_id].exchange)
+        ]
+
+    def _fail(self) -> None:
+        if self.fail_with is not None:
+            raise self.fail_with

@@ -1,0 +1,321 @@
+"""settle(): what it asks, what it stores, what it leaves open and why."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from domain.candle import Candle
+from domain.gap import Gap, GapReason
+from domain.time_range import TimeRange
+from exchange_source.interfaces import ExchangeRefused, ExchangeUnavailable, Priority
+from reconciliation.interfaces import SettleReport
+from reconciliation.ledger import Ledger
+from reconciliation.series_state import SeriesState
+from reconciliation.settler import asking, settle
+from storage.interfaces import StorageUnavailable
+from storage.manager import StorageManagerImpl
+from storage.path_utility import StoragePathUtility
+from tests.support.clock import ManualClock
+from tests.support.exchange import FakeExchange
+from tests.support.market import BTC_5M, FIVE, HOUR, MINUTE, T0, book, candle, candles
+from tests.support.storage import InMemoryStorage
+
+
+class World:
+    """An exchange, a storage and a clock; ``restart`` forgets what only memory knew."""
+
+    def __init__(self, now: int = T0 + 3 * HOUR) -> None:
+        self.clock = ManualClock(now)
+        self.exchange = FakeExchange(self.clock)
+        self.raw = InMemoryStorage()
+        self.restart()
+
+    def restart(self) -> None:
+        self.storage = StorageManagerImpl(self.raw)
+        self.state = SeriesState(BTC_5M, "BTC/USD", self.storage, self.clock)
+
+    def trade(self, count: int, *, start: int = T0, holes: tuple[int, ...] = ()) -> None:
+        self.exchange.put("BTC/USD", "5m", candles(start, count, holes=holes))
+
+    async def settle(self, start: int = T0, end: int | None = None) -> SettleReport:
+        return await settle(
+            self.state,
+            TimeRange(start, self.clock.now_ms() if end is None else end),
+            asking(self.exchange, Priority.LIVE),
+            page_periods=self.exchange.history_page,
+        )
+
+    async def stored(self) -> dict[int, Candle]:
+        entries = await self.storage.get_raw_data_range("crypto.com", "BTC", 0, T0 + 100 * HOUR)
+        return {entry.timestamp: entry.candle for entry in entries}
+
+
+async def test_everything_closed_is_stored_and_the_forming_candle_is_not() -> None:
+    world = World(now=T0 + 2 * FIVE + MINUTE)
+    world.trade(10)
+    report = await world.settle()
+    assert sorted(await world.stored()) == [T0, T0 + FIVE]
+    assert report.gaps == ()
+    assert list(report.fetched) == [TimeRange(T0, T0 + 2 * FIVE)]
+
+
+async def test_what_is_stored_is_not_asked_again() -> None:
+    world = World()
+    world.trade(40)
+    await world.settle()
+    await world.clock.advance(2 * HOUR)
+    await world.settle(end=T0 + 3 * HOUR)
+    world.exchange.asked.clear()
+    report = await world.settle(end=T0 + 3 * HOUR)
+    assert world.exchange.asked == []
+    assert report.gaps == ()
+
+
+async def test_pages_are_asked_newest_first() -> None:
+    world = World()
+    world.exchange.history_page = 12
+    world.trade(40)
+    await world.settle()
+    starts = [asked.range.start for asked in world.exchange.asked]
+    assert starts == [T0 + 2 * HOUR, T0 + HOUR, T0]
+
+
+async def test_many_holes_within_a_page_cost_one_request() -> None:
+    world = World()
+    world.trade(36)
+    await world.settle()
+    await world.clock.advance(2 * HOUR)
+    await world.settle(end=T0 + 3 * HOUR)
+    for at in (3, 9, 20):
+        del world.raw.blobs[
+            StoragePathUtility.get_raw_data_path("crypto.com", "BTC", T0 + at * FIVE)
+        ]
+    world.restart()
+    world.exchange.asked.clear()
+    await world.settle(end=T0 + 3 * HOUR)
+    assert len(await world.stored()) == 36
+    assert [asked.range for asked in world.exchange.asked] == [
+        TimeRange(T0 + 3 * FIVE, T0 + 21 * FIVE)
+    ]
+
+
+async def test_a_quiet_period_is_empty_provisionally_and_final_after_a_second_proof() -> None:
+    world = World()
+    world.trade(40, holes=(5,))
+    hole = TimeRange(T0 + 5 * FIVE, T0 + 6 * FIVE)
+    report = await world.settle(end=T0 + HOUR)
+    assert report.gaps == (Gap(hole, GapReason.NO_TRADES),)
+    assert world.state.next_look_at() == world.clock.now_ms() + MINUTE
+
+    await world.clock.advance(MINUTE)
+    assert world.state.looks_due() == hole
+    await world.settle(end=T0 + HOUR)
+    assert world.state.looks_due() is None
+    ledger = Ledger.from_bytes(await world.raw.read_blob("ledger/crypto.com/BTC/5m.json") or b"")
+    assert ledger is not None
+    assert list(ledger.empty) == [hole]
+
+
+async def test_a_candle_found_where_an_empty_period_was_suspected_is_stored() -> None:
+    world = World()
+    world.trade(40, holes=(5,))
+    await world.settle(end=T0 + HOUR)
+    world.trade(40)
+    await world.clock.advance(MINUTE)
+    report = await world.settle(end=T0 + HOUR)
+    assert report.gaps == ()
+    assert T0 + 5 * FIVE in await world.stored()
+
+
+async def test_a_candle_published_late_is_pending_until_it_is_there() -> None:
+    world = World(now=T0 + HOUR + 10_000)
+    world.trade(12)
+    last = T0 + HOUR - FIVE
+    world.exchange.publish_at[("BTC/USD", "5m", last)] = T0 + HOUR + 40_000
+    report = await world.settle()
+    assert report.gaps == (Gap(TimeRange(last, T0 + HOUR), GapReason.PENDING),)
+    await world.clock.advance(30_000)
+    assert (await world.settle()).gaps == ()
+
+
+async def test_a_correction_becomes_the_next_revision_at_the_second_look() -> None:
+    world = World(now=T0 + HOUR + 10_000)
+    world.trade(14)
+    last = T0 + HOUR - FIVE
+    await world.settle()
+    world.exchange.put("BTC/USD", "5m", [candle(last, close=100.25)])
+    await world.clock.advance(MINUTE)
+    await world.settle()
+    entry = await world.storage.get_latest_entry("crypto.com", "BTC")
+    assert entry is not None
+    assert (entry.candle.close, entry.revision) == (100.25, 2)
+
+
+async def test_the_looks_come_after_one_five_and_sixty_minutes_and_then_end() -> None:
+    world = World(now=T0 + FIVE + 10_000)
+    world.trade(30)
+    end = T0 + FIVE
+    await world.settle(end=end)
+    for minutes in (1, 5, 60):
+        assert world.state.next_look_at() == end + minutes * MINUTE
+        await world.clock.advance(end + minutes * MINUTE - world.clock.now_ms())
+        await world.settle(end=end)
+    assert world.state.next_look_at() is None
+
+
+async def test_a_look_is_owed_after_a_restart_however_long_ago_it_was() -> None:
+    world = World(now=T0 + FIVE + 10_000)
+    world.trade(2_000)
+    await world.settle()
+    world.exchange.put("BTC/USD", "5m", [candle(T0, close=100.25)])
+    await world.clock.advance(30 * HOUR)
+    world.restart()
+    await world.settle()
+    assert (await world.stored())[T0].close == 100.25
+
+
+async def test_without_a_ledger_the_last_two_hours_before_the_newest_entry_are_owed() -> None:
+    world = World(now=T0 + 6 * HOUR)
+    world.trade(200)
+    await world.settle()
+    await world.clock.advance(2 * HOUR)
+    await world.settle(end=T0 + 6 * HOUR)
+    world.raw.blobs.pop("ledger/crypto.com/BTC/5m.json")
+    world.restart()
+    await world.state.load(TimeRange(T0, T0 + 6 * HOUR))
+    assert world.state.looks_due() == TimeRange(T0 + 4 * HOUR, T0 + 6 * HOUR)
+
+
+async def test_what_the_exchange_does_not_offer_is_told_so_and_not_asked_on_and_on() -> None:
+    world = World(now=T0 + 10 * HOUR)
+    world.trade(200, start=T0 + 5 * HOUR)
+    world.exchange.history_page = 20
+    report = await world.settle()
+    assert report.gaps == (Gap(TimeRange(T0, T0 + 5 * HOUR), GapReason.NOT_OFFERED),)
+    assert len(world.exchange.asked) == 4
+
+
+async def test_an_exchange_that_cannot_be_asked_leaves_the_periods_unreachable() -> None:
+    world = World()
+    world.trade(40)
+    world.exchange.fail_with = ExchangeUnavailable("503")
+    report = await world.settle()
+    assert report.error is world.exchange.fail_with
+    assert {gap.reason for gap in report.gaps} == {GapReason.UNREACHABLE}
+    assert await world.stored() == {}
+    world.exchange.fail_with = None
+    assert (await world.settle()).gaps == ()
+
+
+async def test_storage_that_cannot_be_listed_means_unknown_and_asks_nobody() -> None:
+    world = World()
+    world.trade(40)
+    world.raw.fail_with = StorageUnavailable("away")
+    with pytest.raises(StorageUnavailable):
+        await world.settle()
+    assert world.exchange.asked == []
+
+
+async def test_an_entry_that_could_not_be_stored_stays_missing() -> None:
+    world = World()
+    world.trade(40)
+    await world.state.load(TimeRange(T0, T0 + 3 * HOUR))
+    world.raw.fail_with = StorageUnavailable("full")
+    with pytest.raises(StorageUnavailable):
+        await world.settle()
+    world.raw.fail_with = None
+    assert (await world.settle()).gaps == ()
+    assert len(await world.stored()) == 36
+
+
+async def test_a_candle_that_the_exchange_drops_later_stays_stored() -> None:
+    world = World(now=T0 + HOUR + 10_000)
+    world.trade(40)
+    await world.settle()
+    dropped = T0 + HOUR - 2 * FIVE
+    del world.exchange.candles["BTC/USD", "5m"][dropped]
+    await world.clock.advance(2 * HOUR)
+    await world.settle(end=T0 + HOUR)
+    assert dropped in await world.stored()
+
+
+async def test_the_book_at_the_close_is_stored_with_its_candle() -> None:
+    world = World(now=T0 + FIVE + 10_000)
+    world.trade(10)
+    world.state.note_book(T0, book(T0 + FIVE - 50))
+    await world.settle()
+    entry = await world.storage.get_latest_entry("crypto.com", "BTC")
+    assert entry is not None
+    assert entry.order_book == book(T0 + FIVE - 50)
+    assert entry.source == "stream"
+    assert world.state.booked_count(TimeRange(T0, T0 + FIVE)) == 1
+
+
+async def test_a_market_that_the_exchange_refuses_is_an_error_of_the_report() -> None:
+    world = World()
+    world.exchange.markets = ()
+    report = await world.settle()
+    assert isinstance(report.error, ExchangeRefused)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("pass"), st.integers(1, 40)),
+        st.tuples(st.just("correct"), st.integers(1, 30)),
+        st.tuples(st.just("late"), st.integers(1, 20)),
+        st.tuples(st.just("exchange"), st.booleans()),
+        st.tuples(st.just("storage"), st.booleans()),
+        st.tuples(st.just("restart"), st.just(0)),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS, holes=st.sets(st.integers(0, 90), max_size=12))
+def test_any_order_of_faults_corrections_and_restarts_ends_in_the_exchanges_series(
+    steps: list[tuple[str, int]], holes: set[int]
+) -> None:
+    async def story() -> None:
+        world = World(now=T0 + 10 * FIVE)
+        world.trade(200, holes=tuple(holes))
+        listed = world.exchange.candles["BTC/USD", "5m"]
+        for what, amount in steps:
+            now = world.clock.now_ms()
+            newest = BTC_5M.interval.floor(now) - FIVE
+            if what == "pass":
+                await world.clock.advance(amount * MINUTE)
+            elif what == "correct":
+                # Exchanges correct what is young: within an hour of its end.
+                period = max(T0, newest - (amount % 10) * FIVE)
+                if period in listed:
+                    listed[period] = replace(listed[period], volume=float(amount))
+            elif what == "late":
+                world.exchange.publish_at[("BTC/USD", "5m", newest + FIVE)] = (
+                    newest + 2 * FIVE + amount * MINUTE
+                )
+            elif what == "exchange":
+                world.exchange.fail_with = ExchangeUnavailable("503") if amount else None
+            elif what == "storage":
+                world.raw.fail_with = StorageUnavailable("away") if amount else None
+            else:
+                world.restart()
+            try:
+                await world.settle()
+            except StorageUnavailable:
+                continue
+        world.exchange.fail_with = world.raw.fail_with = None
+        end = BTC_5M.interval.floor(world.clock.now_ms())
+        # Long enough for every look and second proof.
+        for _ in range(4):
+            await world.clock.advance(HOUR)
+            await world.settle(end=end)
+        expected = {at: value for at, value in listed.items() if at < end}
+        assert await world.stored() == expected
+
+    asyncio.run(story())

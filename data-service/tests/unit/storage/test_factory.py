@@ -1,0 +1,18 @@
+"""The storage that the settings ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from config import load_settings
+from storage.factory import create_storage
+from storage.implementations.local_file_storage import LocalFileStorage
+
+
+async def test_local_storage_writes_below_the_root_of_the_settings(tmp_path: Path) -> None:
+    storage = create_storage(load_settings(storage_root=str(tmp_path / "root")))
+    assert isinstance(storage, LocalFileStorage)
+    assert not (tmp_path / "root").exists()
+    await storage.write_blob("ledger/x", b"1")
+    assert (tmp_path / "root/ledger/x").read_bytes() == b"1"
+    await storage.close()
