@@ -96,14 +96,18 @@ class Venue:
         first = max(part.start, self.prices.history_start(instrument) - interval.milliseconds)
         end = min(part.end, now + 1)
         found: list[Candle] = []
+        hit: set[Fault] = set()
         width = limit + 1
         # Holes take no place among the rows, so a market with holes is looked at further back.
         while end > first and len(found) < limit:
             start = max(first, interval.floor(end - 1) - (width - 1) * interval.milliseconds)
-            found = self._listed(instrument, interval, TimeRange(start, end), now) + found
+            found = self._listed(instrument, interval, TimeRange(start, end), now, hit) + found
             end = start
             width = min(2 * width, _WIDEST_LOOK)
-        return found[-limit:]
+        found = self._without_missing(instrument, interval, found[-limit:], hit)
+        for fault in hit:
+            fault.hits += 1
+        return found
 
     def forming(self, instrument: Instrument, interval: Interval, now: int) -> Candle | None:
         """The candle of the period around ``now`` as a stream tells it."""
@@ -163,11 +167,15 @@ class Venue:
         )
 
     def _listed(
-        self, instrument: Instrument, interval: Interval, part: TimeRange, now: int
+        self,
+        instrument: Instrument,
+        interval: Interval,
+        part: TimeRange,
+        now: int,
+        hit: set[Fault],
     ) -> list[Candle]:
         current = interval.floor(now)
         closed = self.prices.candles(instrument, interval, part.intersect(TimeRange(0, current)))
-        hit: set[Fault] = set()
         rows = []
         for candle in closed:
             told = self._as_listed(instrument, interval, candle, now, hit)
@@ -177,9 +185,6 @@ class Venue:
             forming = self.prices.forming(instrument, interval, now)
             if forming is not None:
                 rows.append(self._revised(instrument, interval, forming, now, hit))
-        rows = self._without_missing(instrument, interval, rows, hit)
-        for fault in hit:
-            fault.hits += 1
         return rows
 
     def _as_listed(

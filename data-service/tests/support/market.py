@@ -36,9 +36,7 @@ def candle(timestamp: int, *, close: float | None = None, volume: float = 1.5) -
     )
 
 
-def candles(
-    start: int, count: int, *, step: int = FIVE, holes: Iterable[int] = ()
-) -> list[Candle]:
+def candles(start: int, count: int, *, step: int = FIVE, holes: Iterable[int] = ()) -> list[Candle]:
     """``count`` periods from ``start``, without those whose index is in ``holes``."""
     skipped = set(holes)
     return [candle(start + at * step) for at in range(count) if at not in skipped]

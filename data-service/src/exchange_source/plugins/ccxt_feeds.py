@@ -173,14 +173,14 @@ class Feed(ABC):
             self._break_socket(failed)
             raise failed from exc
         except ExchangeRefused:
+            self._subscriber.socket = None  # there is nothing to unsubscribe from
             raise
         except ExchangeError as exc:
             self._break_socket(exc)
             raise
         except TRANSLATED as exc:
             translated = translate(exc, name)
-            if not isinstance(translated, ExchangeRefused):
-                self._break_socket(translated)
+            self._break_socket(translated)
             raise translated from exc
 
     def _break_socket(self, error: ExchangeError) -> None:
@@ -197,11 +197,10 @@ class Feed(ABC):
         try:
             async with asyncio.timeout(_UNSUBSCRIBE_TIMEOUT_S):
                 await self._unwatch()
-        except ExchangeError as exc:
-            # Left subscribed, the topic could not be subscribed afresh on this socket.
-            self._break_socket(exc)
-        except TRANSLATED as exc:
-            self._break_socket(translate(exc, self._source.get_exchange_name()))
+        except (ExchangeError, *TRANSLATED):
+            # Whether it still sends or not: the next watch of the topic subscribes afresh.
+            for noted in self._subscriber.hashes:
+                socket.subscriptions.pop(noted, None)
 
     def end_streams(self, error: BaseException | None) -> None:
         """Let every stream go, with ``error`` if that is why."""

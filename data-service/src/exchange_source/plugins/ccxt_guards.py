@@ -49,9 +49,10 @@ class Answer:
 
 @dataclass(slots=True)
 class Subscriber:
-    """Which socket a watch went through."""
+    """Which socket a watch went through, and what is noted there as subscribed because of it."""
 
     socket: Any = None
+    hashes: set[str] = field(default_factory=set)
 
 
 ANSWER: ContextVar[Answer | None] = ContextVar("answer", default=None)
@@ -64,8 +65,12 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
     public_name: str
     closing: set[asyncio.Task[None]]
 
+    def document_problem(self, response: Any) -> str | None:  # noqa: ARG002  a hook
+        """What a decoded document lacks to be one of this exchange's at all, or None."""
+        return None
+
     def answer_problem(self, response: Any) -> str | None:  # noqa: ARG002  a hook
-        """What a decoded answer lacks to be believed, or None."""
+        """What a decoded answer that reports no error lacks to be believed, or None."""
         return None
 
     def refused_watches(self, message: Any) -> tuple[list[str], ExchangeError] | None:  # noqa: ARG002
@@ -98,6 +103,8 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         if not isinstance(response, dict | list):
             what = f"no JSON document: {body[:200]!r}" if body else "an empty body"
             raise BadExchangeAnswer(f"{name}: HTTP {code} with {what}")
+        if problem := self.document_problem(response):
+            raise BadExchangeAnswer(f"{name}: HTTP {code} {problem}: {body[:200]}")
         try:
             result = super().handle_errors(
                 code, reason, url, method, headers, body, response, request_headers, request_body
@@ -116,14 +123,30 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
             self._guard(socket)
         return socket
 
-    def watch(self, url: str, *args: Any, **kwargs: Any) -> Any:
-        future = super().watch(url, *args, **kwargs)
-        self._note_socket(url)
+    def watch(
+        self,
+        url: str,
+        message_hash: str,
+        message: Any = None,
+        subscribe_hash: str | None = None,
+        subscription: Any = None,
+    ) -> Any:
+        future = super().watch(url, message_hash, message, subscribe_hash, subscription)
+        self._note(url, [subscribe_hash] if subscribe_hash else [])
         return future
 
-    def watch_multiple(self, url: str, *args: Any, **kwargs: Any) -> Any:
-        future = super().watch_multiple(url, *args, **kwargs)
-        self._note_socket(url)
+    def watch_multiple(
+        self,
+        url: str,
+        message_hashes: list[str],
+        message: Any = None,
+        subscribe_hashes: list[str] | None = None,
+        subscription: Any = None,
+    ) -> Any:
+        future = super().watch_multiple(
+            url, message_hashes, message, subscribe_hashes, subscription
+        )
+        self._note(url, subscribe_hashes or [])
         return future
 
     def ws_dial_delay(self, url: str) -> float:
@@ -155,10 +178,11 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         self.closing.add(task)
         task.add_done_callback(self.closing.discard)
 
-    def _note_socket(self, url: str) -> None:
+    def _note(self, url: str, subscribe_hashes: list[str]) -> None:
         subscriber = SUBSCRIBER.get()
         if subscriber is not None:
             subscriber.socket = self.clients.get(url)
+            subscriber.hashes.update(subscribe_hashes)
 
     def _guard(self, socket: Any) -> None:
         receive, dial = socket.handle_message, socket.open

@@ -20,8 +20,12 @@ from exchange_source.plugins.ccxt_guards import VendorGuards
 class CryptocomGuards(VendorGuards):
     """The shapes of Crypto.com's answers and messages."""
 
+    def document_problem(self, response: Any) -> str | None:
+        coded = isinstance(response, dict) and "code" in response
+        return None if coded else "has no code"
+
     def answer_problem(self, response: Any) -> str | None:
-        result = response.get("result") if isinstance(response, dict) else None
+        result = response.get("result")
         data = result.get("data") if isinstance(result, dict) else None
         if not isinstance(data, list):
             return "has no result.data"

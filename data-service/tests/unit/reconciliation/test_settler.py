@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -281,41 +282,43 @@ STEPS = st.lists(
 def test_any_order_of_faults_corrections_and_restarts_ends_in_the_exchanges_series(
     steps: list[tuple[str, int]], holes: set[int]
 ) -> None:
-    async def story() -> None:
-        world = World(now=T0 + 10 * FIVE)
-        world.trade(200, holes=tuple(holes))
-        listed = world.exchange.candles["BTC/USD", "5m"]
-        for what, amount in steps:
-            now = world.clock.now_ms()
-            newest = BTC_5M.interval.floor(now) - FIVE
-            if what == "pass":
-                await world.clock.advance(amount * MINUTE)
-            elif what == "correct":
-                # Exchanges correct what is young: within an hour of its end.
-                period = max(T0, newest - (amount % 10) * FIVE)
-                if period in listed:
-                    listed[period] = replace(listed[period], volume=float(amount))
-            elif what == "late":
-                world.exchange.publish_at[("BTC/USD", "5m", newest + FIVE)] = (
-                    newest + 2 * FIVE + amount * MINUTE
-                )
-            elif what == "exchange":
-                world.exchange.fail_with = ExchangeUnavailable("503") if amount else None
-            elif what == "storage":
-                world.raw.fail_with = StorageUnavailable("away") if amount else None
-            else:
-                world.restart()
-            try:
-                await world.settle()
-            except StorageUnavailable:
-                continue
-        world.exchange.fail_with = world.raw.fail_with = None
-        end = BTC_5M.interval.floor(world.clock.now_ms())
-        # Long enough for every look and second proof.
-        for _ in range(4):
-            await world.clock.advance(HOUR)
-            await world.settle(end=end)
-        expected = {at: value for at, value in listed.items() if at < end}
-        assert await world.stored() == expected
+    asyncio.run(_story(steps, holes))
 
-    asyncio.run(story())
+
+async def _story(steps: list[tuple[str, int]], holes: set[int]) -> None:
+    world = World(now=T0 + 10 * FIVE)
+    world.trade(200, holes=tuple(holes))
+    for what, amount in steps:
+        await _step(world, what, amount)
+        with suppress(StorageUnavailable):
+            await world.settle()
+    world.exchange.fail_with = world.raw.fail_with = None
+    end = BTC_5M.interval.floor(world.clock.now_ms())
+    # Long enough for every look and second proof.
+    for _ in range(4):
+        await world.clock.advance(HOUR)
+        await world.settle(end=end)
+    listed = world.exchange.candles["BTC/USD", "5m"]
+    assert await world.stored() == {at: value for at, value in listed.items() if at < end}
+
+
+async def _step(world: World, what: str, amount: int) -> None:
+    listed = world.exchange.candles["BTC/USD", "5m"]
+    newest = BTC_5M.interval.floor(world.clock.now_ms()) - FIVE
+    if what == "pass":
+        await world.clock.advance(amount * MINUTE)
+    elif what == "correct":
+        # Exchanges correct what is young: within an hour of its end.
+        period = max(T0, newest - (amount % 10) * FIVE)
+        if period in listed:
+            listed[period] = replace(listed[period], volume=float(amount))
+    elif what == "late":
+        world.exchange.publish_at["BTC/USD", "5m", newest + FIVE] = (
+            newest + 2 * FIVE + amount * MINUTE
+        )
+    elif what == "exchange":
+        world.exchange.fail_with = ExchangeUnavailable("503") if amount else None
+    elif what == "storage":
+        world.raw.fail_with = StorageUnavailable("away") if amount else None
+    else:
+        world.restart()

@@ -19,8 +19,8 @@ NOW = NOON_MS + 2 * MINUTE + 20_000
 
 @pytest.fixture
 async def sandbox() -> AsyncIterator[RunningSandbox]:
-    """A market twenty times as fast as the real one, at a little past noon."""
-    async with running_sandbox(SandboxConfig(market_clock=clock_at(NOW, speed=20))) as running:
+    """A market a hundred times as fast as the real one, at a little past noon."""
+    async with running_sandbox(SandboxConfig(market_clock=clock_at(NOW, speed=100))) as running:
         yield running
 
 

@@ -45,7 +45,7 @@ async def test_every_closed_period_is_told_with_its_final_values_even_in_a_fast_
 
 
 async def test_a_closing_candle_is_told_once_more_before_the_next_one_begins() -> None:
-    config = SandboxConfig(market_clock=clock_at(NOON_MS + 50_000, speed=30))
+    config = SandboxConfig(market_clock=clock_at(NOON_MS + 50_000, speed=100))
     rows: list[dict[str, Any]] = []
     async with running_sandbox(config) as sandbox, listening(sandbox, CANDLES) as listener:
         while not rows or rows[-1]["t"] < NOON_MS + 2 * MINUTE:
@@ -73,7 +73,7 @@ async def test_a_hole_has_no_frames(tmp_path: Path) -> None:
     config = SandboxConfig(
         replay=file, market_clock=clock_at(NOON_MS + 8 * MINUTE + 30_000, speed=600)
     )
-    told = set()
+    told: set[int] = set()
     async with (
         running_sandbox(config) as sandbox,
         listening(sandbox, "candlestick.1m.ETH_BTC") as listener,

@@ -274,6 +274,16 @@ async def test_a_failed_first_write_fixes_no_market(memory: InMemoryStorage) -> 
     await manager.store_raw_data(make_entry(market="BTC/USDT"))
 
 
+async def test_a_known_market_holds_even_when_nothing_can_be_read_any_more(
+    memory: InMemoryStorage,
+) -> None:
+    manager = StorageManagerImpl(memory)
+    await manager.store_raw_data(make_entry())
+    memory.blobs.clear()
+    with pytest.raises(StorageConflict):
+        await manager.store_raw_data(make_entry(LATER, market="BTC/USDT"))
+
+
 async def test_a_market_that_was_forgotten_is_found_again(memory: InMemoryStorage) -> None:
     manager = StorageManagerImpl(memory, most_markets_remembered=1)
     await manager.store_raw_data(make_entry())

@@ -426,6 +426,19 @@ async def test_a_lost_race_is_run_again_after_a_growing_pause(
     await busy.close()
 
 
+async def test_an_add_that_loses_the_race_to_the_same_target_adds_nothing(
+    manager: TargetManager, path: Path, clock: ManualClock
+) -> None:
+    rival = replace(ETH, coin="C0")
+    busy = TargetManager(
+        "local", str(path), None, clock, engine=BusyTable(conflicts=1), sleep=no_pause
+    )
+    assert await busy.add_target(replace(rival, enabled=True)) is False
+    assert await manager.list_targets() == [rival]
+    assert len(stored(path)) == 1
+    await busy.close()
+
+
 async def test_a_race_that_is_never_won_ends_as_unavailable(path: Path, clock: ManualClock) -> None:
     manager = TargetManager(
         "local", str(path), None, clock,

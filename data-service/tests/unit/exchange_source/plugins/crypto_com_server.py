@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from domain.candle import Candle
 from domain.clock import IClock, http_date
 
 API = "/exchange/v1"
-Answer = Callable[[web.Request], web.StreamResponse | None]
+Answer = Callable[[web.Request], web.StreamResponse | Awaitable[web.StreamResponse] | None]
 
 
 def instrument(symbol: str, *, tradable: bool = True) -> dict[str, Any]:
@@ -120,8 +120,10 @@ class CryptoComServer:
         self.requests.append((request.path, dict(request.query)))
         if self.answer is not None:
             answer = self.answer(request)
-            if answer is not None:
+            if isinstance(answer, web.StreamResponse):
                 return answer
+            if answer is not None:
+                return await answer
         method = request.match_info["method"]
         if method == "get-instruments":
             return ok({"data": self.instruments})
@@ -184,7 +186,7 @@ async def running_server(clock: IClock) -> AsyncIterator[CryptoComServer]:
 
     async def date(_: web.Request, response: web.StreamResponse) -> None:
         if server.dated:
-            response.headers["Date"] = http_date(clock.now_ms())
+            response.headers["Date"] = http_date(server.clock.now_ms())
         else:
             response.headers.popall("Date", None)
 

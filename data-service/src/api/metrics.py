@@ -1,0 +1,74 @@
+"""What the routes count, in a registry that the application is given."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_BUCKETS_S: Final = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class ApiMetrics:
+    """Requests by operation and status, and what the WebSocket connections hold."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "cb_trade_http_requests_total",
+            "HTTP requests answered",
+            ("operation", "status"),
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "cb_trade_http_request_seconds",
+            "Real time from the request to the end of its answer",
+            ("operation",),
+            buckets=_BUCKETS_S,
+            registry=registry,
+        )
+        self.connections = Gauge(
+            "cb_trade_websocket_connections", "Open WebSocket connections", registry=registry
+        )
+        self.subscriptions = Gauge(
+            "cb_trade_websocket_subscriptions", "Running subscriptions", registry=registry
+        )
+        self.messages = Counter(
+            "cb_trade_websocket_messages_total", "Messages sent", ("type",), registry=registry
+        )
+        self.slow_consumers = Counter(
+            "cb_trade_websocket_slow_consumers_total",
+            "Connections closed because the client read too slowly",
+            registry=registry,
+        )
+
+
+class MetricsMiddleware:
+    """Counts and times every HTTP request by its operation id, never by its path: paths that do
+    not exist would grow the registry without end."""
+
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+        began = time.perf_counter()
+
+        async def send_and_watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_watch)
+        finally:
+            operation = getattr(scope.get("route"), "operation_id", None) or "other"
+            self._metrics.requests.labels(operation, status).inc()
+            self._metrics.seconds.labels(operation).observe(time.perf_counter() - began)

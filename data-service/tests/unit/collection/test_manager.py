@@ -1,0 +1,404 @@
+"""DataCollectionManagerImpl: adding, removing, selecting, resuming and telling."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from collection.interfaces import (
+    ClosedCandle,
+    FormingCandle,
+    GapTold,
+    StatusTold,
+    StreamEvent,
+    SubscriptionStarted,
+    TargetState,
+)
+from domain.gap import GapReason
+from errors import CoinNotAvailable, InvalidRequest, UnknownExchange
+from exchange_source.interfaces import ExchangeUnavailable
+from storage.interfaces import StorageUnavailable
+from tests.support.clock import settle_loop
+from tests.support.collecting import Collecting
+from tests.support.market import BTC_5M, FIVE, HOUR, MINUTE, T0, book
+
+
+async def test_adding_a_new_coin_asks_selects_streams_and_lists_it() -> None:
+    world = Collecting()
+    async with world.running():
+        result = await world.manager.add_coin("btc")
+        await settle_loop(100)
+        assert result.status == "added"
+        assert world.exchange.requests["check_coin_availability"] == 1
+        assert [stream.market for stream in world.exchange.running_streams] == ["BTC/USD"]
+        target = world.collection.get(BTC_5M)
+        assert target == result.target.target
+        assert await world.targets.get_target("crypto.com:BTC:5m") == target
+
+
+async def test_a_coin_that_is_not_available_starts_nothing_and_is_not_listed() -> None:
+    world = Collecting()
+    async with world.running():
+        with pytest.raises(CoinNotAvailable, match=r"DOGE on crypto\.com"):
+            await world.manager.add_coin("DOGE")
+        assert world.exchange.requests["check_coin_availability"] == 1
+        assert world.exchange.requests["start_realtime_stream"] == 0
+        assert await world.manager.list_targets() == []
+
+
+async def test_a_coin_already_collected_is_success_without_another_stream() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await settle_loop(100)
+        again = await world.manager.add_coin("BTC")
+        await settle_loop(100)
+        assert again.status == "already_collecting"
+        assert world.exchange.requests["start_realtime_stream"] == 1
+
+
+async def test_fifty_simultaneous_adds_start_one_stream_and_one_backfill() -> None:
+    world = Collecting()
+    async with world.running():
+        results = await asyncio.gather(*(world.manager.add_coin("BTC") for _ in range(50)))
+        await world.pass_time(10_000)
+        assert [result.status for result in results].count("added") == 1
+        assert world.exchange.requests["start_realtime_stream"] == 1
+        assert await world.stored() == world.wanted()
+
+
+async def test_the_exchange_is_selected_by_the_general_order() -> None:
+    world = Collecting("crypto.com", "binance")
+    async with world.running():
+        result = await world.manager.add_coin("BTC")
+        assert result.target.target.exchange == "crypto.com"
+
+
+async def test_the_exchange_is_selected_by_the_preferences_of_the_coin() -> None:
+    world = Collecting("crypto.com", "binance", preferences={"BTC": ("binance",)})
+    async with world.running():
+        result = await world.manager.add_coin("BTC")
+        assert result.target.target.exchange == "binance"
+
+
+async def test_a_preferred_exchange_that_cannot_be_asked_is_passed_over() -> None:
+    world = Collecting("crypto.com", "binance")
+    world.exchange.fail_with = ExchangeUnavailable("503")
+    async with world.running():
+        result = await world.manager.add_coin("BTC")
+        assert result.target.target.exchange == "binance"
+
+
+async def test_a_coin_that_those_who_answer_do_not_list_is_not_available() -> None:
+    world = Collecting("crypto.com", "binance")
+    world.exchange.fail_with = ExchangeUnavailable("503")
+    async with world.running():
+        with pytest.raises(CoinNotAvailable, match=r"on binance; crypto\.com could not be asked"):
+            await world.manager.add_coin("DOGE")
+
+
+async def test_when_no_exchange_can_be_asked_that_is_the_error() -> None:
+    world = Collecting()
+    world.exchange.fail_with = ExchangeUnavailable("503")
+    async with world.running():
+        with pytest.raises(ExchangeUnavailable):
+            await world.manager.add_coin("BTC")
+        with pytest.raises(ExchangeUnavailable):
+            await world.manager.check_availability("BTC")
+        assert await world.manager.list_targets() == []
+
+
+async def test_the_streams_callback_is_the_processors_method() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await settle_loop(100)
+        (stream,) = world.exchange.running_streams
+        assert stream._callback == world.processor.process_realtime_entry
+
+
+async def test_bad_input_says_what_would_be_right_and_adds_nothing() -> None:
+    world = Collecting()
+    async with world.running():
+        with pytest.raises(InvalidRequest, match="interval '7m' does not exist"):
+            await world.manager.add_coin("BTC", interval="7m")
+        with pytest.raises(InvalidRequest, match="offers 1m, 5m"):
+            await world.manager.add_coin("BTC", interval="2h")
+        with pytest.raises(InvalidRequest, match="coin"):
+            await world.manager.add_coin("..")
+        with pytest.raises(InvalidRequest, match="future"):
+            await world.manager.add_coin("BTC", since=world.clock.now_ms() + HOUR)
+        with pytest.raises(UnknownExchange, match="kraken"):
+            await world.manager.add_coin("BTC", exchange="kraken")
+        assert await world.manager.list_targets() == []
+
+
+async def test_a_new_target_is_filled_and_becomes_live() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(30_000)
+        (status,) = await world.manager.list_targets()
+        assert await world.stored() == world.wanted()
+        assert status.state is TargetState.LIVE
+        assert status.last_entry == T0 + 24 * HOUR - FIVE
+        assert status.lag_ms == world.clock.now_ms() - (T0 + 24 * HOUR)
+
+
+async def test_a_candle_closes_by_the_clock_when_the_stream_is_mute() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(FIVE)
+        assert await world.stored() == world.wanted()
+
+
+async def test_forming_candles_still_arrive_when_rest_does_not_answer() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        world.exchange.fail_with = ExchangeUnavailable("503")
+        async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
+            await anext(events)
+            await world.update(T0 + 24 * HOUR)
+            event: StreamEvent = await anext(events)
+            assert isinstance(event, FormingCandle)
+
+
+async def test_a_subscriber_gets_each_closed_candle_after_last_closed_once() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
+            started = await anext(events)
+            assert started == SubscriptionStarted(BTC_5M, "BTC/USD", T0 + 24 * HOUR - FIVE)
+            seen = []
+            for at in range(3):
+                await world.pass_time(FIVE)
+                event = await anext(events)
+                assert isinstance(event, ClosedCandle)
+                seen.append(event.entry.timestamp)
+            assert seen == [T0 + 24 * HOUR + at * FIVE for at in range(3)]
+
+
+async def test_a_subscriber_from_a_time_gets_the_past_then_the_live_without_a_seam() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        start = T0 + 24 * HOUR - 4 * FIVE
+        async with aclosing(
+            world.manager.stream_realtime_data("BTC", from_ms=start - 1)
+        ) as events:
+            await anext(events)
+            first = await anext(events)
+            # A candle closes while the replay is being read.
+            await world.pass_time(FIVE)
+            rest = [await anext(events) for _ in range(4)]
+        seen = [
+            event.entry.timestamp for event in [first, *rest] if isinstance(event, ClosedCandle)
+        ]
+        assert seen == [start + at * FIVE for at in range(5)]
+
+
+async def test_a_replay_tells_the_gaps_of_the_past_in_their_place() -> None:
+    world = Collecting()
+    hole = T0 + 24 * HOUR - 3 * FIVE
+    del world.exchange.candles["BTC/USD", "5m"][hole]
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        async with aclosing(
+            world.manager.stream_realtime_data("BTC", from_ms=hole - FIVE)
+        ) as events:
+            await anext(events)
+            told = [await anext(events) for _ in range(3)]
+        assert isinstance(told[1], GapTold)
+        assert told[1].gap.reason is GapReason.NO_TRADES
+        assert told[1].gap.range.start == hole
+
+
+async def test_a_restart_fills_what_was_missed_and_tells_it_in_order() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(30_000)
+    await world.clock.advance(3 * FIVE)
+    world.assemble()
+    async with world.running():
+        await world.pass_time(10_000)
+        assert await world.stored() == world.wanted()
+        (status,) = await world.manager.list_targets()
+        assert status.state is TargetState.LIVE
+        assert len(world.exchange.running_streams) == 1
+
+
+async def test_after_an_outage_everything_that_it_swallowed_is_fetched() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(30_000)
+        world.exchange.fail_with = ExchangeUnavailable("503")
+        world.exchange.end_streams(world.exchange.fail_with)
+        await world.pass_time(3 * HOUR)
+        (status,) = await world.manager.list_targets()
+        assert status.state is TargetState.DEGRADED
+        world.exchange.fail_with = None
+        await world.pass_time(2 * MINUTE)
+        assert await world.stored() == world.wanted()
+        assert len(world.exchange.running_streams) == 1
+
+
+async def test_an_outage_of_storage_is_caught_up_when_it_is_over() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(30_000)
+        world.raw.fail_with = StorageUnavailable("disk full")
+        await world.pass_time(2 * FIVE)
+        world.raw.fail_with = None
+        await world.pass_time(2 * MINUTE)
+        assert await world.stored() == world.wanted()
+
+
+async def test_a_lost_feed_and_its_return_are_told_to_subscribers() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        await world.update(T0 + 24 * HOUR)
+        async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
+            await anext(events)
+            world.exchange.end_streams(ExchangeUnavailable("connection lost"))
+            await world.pass_time(5_000)
+            await world.update(T0 + 24 * HOUR)
+            states = []
+            while len(states) < 2:
+                event = await anext(events)
+                if isinstance(event, StatusTold):
+                    states.append(event.state)
+        assert states == ["reconnecting", "connected"]
+
+
+async def test_a_feed_gone_mute_has_its_connections_closed_and_starts_anew() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(3 * MINUTE)
+        assert world.exchange.requests["reset_connections"] >= 1
+        assert len(world.exchange.running_streams) == 1
+
+
+async def test_the_book_at_the_close_comes_from_the_live_book() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(FIVE - 15_000)
+        close = T0 + 24 * HOUR + FIVE
+        world.exchange.book = book(close - 100)
+        await world.pass_time(30_000)
+        newest = await world.storage.get_latest_entry("crypto.com", "BTC")
+        assert newest is not None
+        assert newest.order_book == book(close - 100)
+        assert world.exchange.requests["fetch_order_book"] == 0
+
+
+async def test_a_book_of_another_moment_is_never_stored() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        world.exchange.book = book(T0 + 24 * HOUR + 20_000)
+        await world.pass_time(FIVE + 30_000)
+        newest = await world.storage.get_latest_entry("crypto.com", "BTC")
+        assert newest is not None
+        assert newest.order_book is None
+        assert world.exchange.requests["fetch_order_book"] >= 1
+
+
+async def test_removing_a_coin_stops_its_streams_and_keeps_its_data() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        status = await world.manager.remove_coin("BTC")
+        assert status.target.coin == "BTC"
+        assert world.exchange.running_streams == []
+        assert await world.manager.list_targets() == []
+        assert await world.targets.list_targets() == []
+        assert await world.stored() == world.wanted()
+
+
+async def test_a_removed_target_with_subscribers_stays_until_the_last_one_leaves() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
+            await anext(events)
+            status = await world.manager.remove_coin("BTC")
+            assert status.state is TargetState.REMOVING
+            assert len(await world.manager.list_targets()) == 1
+        assert await world.manager.list_targets() == []
+
+
+async def test_an_add_cancels_a_removal_that_waits() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
+            await anext(events)
+            await world.manager.remove_coin("BTC")
+            again = await world.manager.add_coin("BTC")
+            assert again.status == "already_collecting"
+        (status,) = await world.manager.list_targets()
+        assert status.state is not TargetState.REMOVING
+
+
+async def test_a_removal_that_fits_several_targets_names_them() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.manager.add_coin("BTC", interval="1m")
+        with pytest.raises(InvalidRequest, match=r"crypto\.com:BTC:1m, crypto\.com:BTC:5m"):
+            await world.manager.remove_coin("BTC")
+        with pytest.raises(InvalidRequest, match="no target fits"):
+            await world.manager.remove_coin("ETH")
+
+
+async def test_a_stream_of_a_coin_that_is_not_collected_is_refused() -> None:
+    world = Collecting()
+    async with world.running():
+        with pytest.raises(CoinNotAvailable, match="add it first"):
+            await anext(aiter(world.manager.stream_realtime_data("BTC")))
+
+
+async def test_availability_names_markets_and_who_could_not_be_asked() -> None:
+    world = Collecting("crypto.com", "binance")
+    world.exchanges["binance"].fail_with = ExchangeUnavailable("503")
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        found = await world.manager.check_availability("btc")
+        assert found.available
+        assert [(item.exchange, item.market, item.collecting) for item in found.markets] == [
+            ("crypto.com", "BTC/USD", True)
+        ]
+        assert found.unreachable == ("binance",)
+
+
+async def test_a_read_means_the_collected_series_then_the_stored_then_the_selected() -> None:
+    world = Collecting("crypto.com", "binance")
+    async with world.running():
+        selected = await world.manager.resolve("BTC", exchange=None, interval="5m")
+        assert (selected.series.exchange, selected.since) == ("crypto.com", None)
+        await world.manager.add_coin("BTC", exchange="binance")
+        await world.pass_time(10_000)
+        collected = await world.manager.resolve("BTC", exchange=None, interval="5m")
+        assert collected.series.exchange == "binance"
+        await world.manager.remove_coin("BTC")
+        stored = await world.manager.resolve("BTC", exchange=None, interval="5m")
+        assert (stored.series.exchange, stored.since) == ("binance", None)
