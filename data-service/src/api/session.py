@@ -12,9 +12,10 @@ takes nothing at all for ``send_timeout_s`` is closed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol, assert_never, cast
 
@@ -63,6 +64,7 @@ from models import (
     parse_client_message,
 )
 
+CLOSE_ABNORMAL: Final = 1006
 CLOSE_INTERNAL: Final = 1011
 CLOSE_RESTART: Final = 1012
 CLOSE_SLOW: Final = 1013
@@ -168,6 +170,7 @@ class Session:
         self._limits = limits or SessionLimits()
         self._tasks = asyncio.TaskGroup()
         self._sending = asyncio.Lock()
+        self._gone = False
         self._currents = asyncio.Semaphore(self._limits.currents)
         self._subscription_numbers = count(1)
         # Every subscription that holds a place, its id to its task.
@@ -182,8 +185,18 @@ class Session:
 
         Cancelling it closes the connection with 1012.
         """
-        ending: _SessionOver | None = None
         self._metrics.connections.inc()
+        try:
+            await self._close(await self._serve())
+        except asyncio.CancelledError:
+            await self._close(_SessionOver(CLOSE_RESTART, "the service restarts"))
+            raise
+        finally:
+            self._metrics.connections.dec()
+
+    async def _serve(self) -> _SessionOver:
+        """Run every task until one of them ends the session; how it ended."""
+        ending: _SessionOver | None = None
         try:
             async with self._tasks as tasks:
                 tasks.create_task(self._listen(), name="listen")
@@ -193,16 +206,10 @@ class Session:
         except* _SessionOver as over:
             # When the client left, there is nobody to be told why else it should go.
             ending = ending or min(_leaves(over), key=lambda item: item.code or 0)
-        except* asyncio.CancelledError:
-            await self._close(_SessionOver(CLOSE_RESTART, "the service restarts"))
-            raise
-        except* Exception as crash:  # the outermost handler of a session
+        except* Exception as crash:  # noqa: BLE001  the outermost handler of a session
             report_unexpected(crash)
             ending = ending or _SessionOver(CLOSE_INTERNAL, "the service failed")
-        finally:
-            self._metrics.connections.dec()
-        if ending is not None:
-            await self._close(ending)
+        return ending or _SessionOver(None)
 
     async def send(self, message: dict[str, Any]) -> None:
         """Send one message after those that wait already.
@@ -212,12 +219,17 @@ class Session:
         """
         text = orjson.dumps(message).decode()
         async with self._sending:
+            if self._gone:
+                raise WebSocketDisconnect(CLOSE_ABNORMAL)
             try:
                 async with asyncio.timeout(self._limits.send_timeout_s):
                     await self._websocket.send_text(text)
             except TimeoutError:
                 self._metrics.slow_consumers.inc()
                 raise _SessionOver(CLOSE_SLOW, "nothing was read for too long") from None
+            except WebSocketDisconnect:
+                self._gone = True
+                raise
         self._metrics.messages.labels(message["type"]).inc()
 
     async def _close(self, ending: _SessionOver) -> None:
@@ -285,20 +297,22 @@ class Session:
                 demand_scope(self._principal, READ_SCOPE)
                 # A client that asks for more than these waits, and with it its next messages.
                 await self._currents.acquire()
-                self._tasks.create_task(self._answer(message.request_id, self._current(message)))
+                self._tasks.create_task(
+                    self._answer(message.request_id, partial(self._current, message))
+                )
             case _:
                 assert_never(message)
 
     async def _answer(
         self,
         request_id: str | None,
-        work: Awaitable[None],
+        work: Callable[[], Awaitable[None]],
         *,
         subscription_id: str | None = None,
     ) -> None:
         """Do ``work``; tell the client when it fails. The outermost handler of a request."""
         try:
-            await work
+            await work()
         except SlowConsumer as exc:
             self._metrics.slow_consumers.inc()
             await self._tell(problem_of(exc), request_id, subscription_id)
@@ -344,7 +358,7 @@ class Session:
         try:
             await self._answer(
                 message.request_id,
-                self._subscribe(subscription_id, message),
+                partial(self._subscribe, subscription_id, message),
                 subscription_id=subscription_id,
             )
         finally:
@@ -389,7 +403,6 @@ class Session:
     ) -> None:
         """Send what the stream tells, numbered."""
         series = started.series
-        self._subscribed.add(subscription_id)
         await self.send(
             {
                 "type": "subscribed",
@@ -403,6 +416,7 @@ class Session:
                 "last_closed": started.last_closed,
             }
         )
+        self._subscribed.add(subscription_id)
         sequence = 0
         async for event in stream:
             if isinstance(event, StatusTold):
@@ -464,7 +478,7 @@ class Session:
         self, key: object, sink: _HistorySink, message: RequestHistorical
     ) -> None:
         try:
-            await self._answer(message.request_id, self._stream_history(sink, message))
+            await self._answer(message.request_id, partial(self._stream_history, sink, message))
         finally:
             del self._histories[key]
 
@@ -521,15 +535,15 @@ class Session:
             current = await self._history.get_most_current_data(
                 message.coin, exchange=message.exchange, interval=message.interval
             )
+            await self.send(
+                {
+                    "type": "current_data_response",
+                    **_answers(message.request_id),
+                    **current_out(current),
+                }
+            )
         finally:
             self._currents.release()
-        await self.send(
-            {
-                "type": "current_data_response",
-                **_answers(message.request_id),
-                **current_out(current),
-            }
-        )
 
 
 def _answers(request_id: str | None) -> dict[str, str]:

@@ -149,7 +149,8 @@ class PageProof:
         near = TimeRange(self._no_rows_to - self._period, self._no_rows_to + self._span)
         if self._no_rows_to == self._page.end + self._period and near.end < now:
             return near
-        return TimeRange(now - self._span, now + self._period)
+        # Everything since: the newest of it, which on a dead market is old too.
+        return TimeRange(self._no_rows_to - self._period, now + self._period)
 
     def _note_nothing_older(self, window: TimeRange, rows: Sequence[Candle]) -> None:
         """Note that ``window`` began before the oldest row known and gave nothing older."""

@@ -215,7 +215,10 @@ def _faulty(faults: FaultBoard, protocols: list[CryptocomProtocol]) -> Middlewar
         garbage = faults.take("rest_garbage", **what)
         if garbage is not None and garbage.fields.get("body") == "html":
             return web.Response(text=_HTML.format("Welcome"), content_type="text/html")
-        response = await handler(request)
+        try:
+            response = await handler(request)
+        except web.HTTPNotFound:
+            return answer(protocol.failure(request, 404), status=404)
         if garbage is not None and isinstance(response, web.Response):
             whole = response.body if isinstance(response.body, bytes) else b""
             return web.Response(body=whole[: len(whole) * 2 // 3], content_type="application/json")

@@ -27,8 +27,8 @@ from sandbox.columns import Columns, Floats, Integers, concatenate, from_candles
 MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
 _MINUTES_A_DAY: Final = 1440
-# 2024-01-01T00:00:00Z, the first moment that the generated exchange remembers.
-DEFAULT_HISTORY_START_MS: Final = 1_704_067_200_000
+# 2020-01-01T00:00:00Z, the first moment that the generated exchange remembers.
+DEFAULT_HISTORY_START_MS: Final = 1_577_836_800_000
 
 Side = Literal["buy", "sell"]
 _Hashes = npt.NDArray[np.uint64]

@@ -112,17 +112,16 @@ class Venue:
     def forming(self, instrument: Instrument, interval: Interval, now: int) -> Candle | None:
         """The candle of the period around ``now`` as a stream tells it."""
         candle = self.prices.forming(instrument, interval, now)
-        return None if candle is None else self._revised(instrument, interval, candle, now, set())
+        if candle is None:
+            return None
+        return self._as_streamed(instrument, interval, [candle], now)[0]
 
     def closed(
         self, instrument: Instrument, interval: Interval, part: TimeRange, now: int
     ) -> list[Candle]:
         """The final candles of the periods that open in ``part``, as a stream tells them."""
-        hit: set[Fault] = set()
-        return [
-            self._revised(instrument, interval, candle, now, hit)
-            for candle in self.prices.candles(instrument, interval, part)
-        ]
+        closed = self.prices.candles(instrument, interval, part) if part else ()
+        return self._as_streamed(instrument, interval, closed, now)
 
     def trades(self, instrument: Instrument, part: TimeRange, limit: int) -> list[Trade]:
         """The newest ``limit`` trades in ``part`` up to now, ascending."""
@@ -165,6 +164,15 @@ class Venue:
             quote_volume=round(sum(minute.volume * minute.close for minute in minutes), 2),
             book=book,
         )
+
+    def _as_streamed(
+        self, instrument: Instrument, interval: Interval, candles: Sequence[Candle], now: int
+    ) -> list[Candle]:
+        hit: set[Fault] = set()
+        told = [self._revised(instrument, interval, candle, now, hit) for candle in candles]
+        for fault in hit:
+            fault.hits += 1
+        return told
 
     def _listed(
         self,

@@ -57,9 +57,7 @@ class Collecting:
         self.storage = StorageManagerImpl(self.raw)
         self.hub = Hub(self.clock, self._read)
         self.processor = RealTimeProcessor(self.storage, self.hub, self.clock)
-        self.reconciler = Reconciler(
-            self.exchanges, self.storage, self.clock, rng=random.Random(3)
-        )
+        self.reconciler = Reconciler(self.exchanges, self.storage, self.clock, rng=random.Random(3))
         self.reconciler.listen(self.hub.advance)
         self.collection = CoinCollectionList(self.targets)
         self.manager = DataCollectionManagerImpl(
@@ -95,6 +93,7 @@ class Collecting:
     async def pass_time(self, milliseconds: int) -> None:
         """Let time pass in steps short enough for every timer to see it."""
         step = 5_000
+        await settle_loop(60)
         for _ in range(milliseconds // step):
             await self.clock.advance(step)
             await settle_loop(60)
@@ -103,9 +102,7 @@ class Collecting:
 
     async def update(self, timestamp: int, *, market: str = "BTC/USD") -> None:
         """A forming update of the exchange's stream."""
-        await self.exchange.push(
-            CandleUpdate(self.exchange.name, market, "5m", candle(timestamp))
-        )
+        await self.exchange.push(CandleUpdate(self.exchange.name, market, "5m", candle(timestamp)))
         await settle_loop(60)
 
     async def stored(self, coin: str = "BTC", exchange: str = "crypto.com") -> list[int]:

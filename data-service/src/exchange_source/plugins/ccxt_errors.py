@@ -59,6 +59,8 @@ _KINDS: Final[tuple[tuple[type[BaseException], type[ExchangeError]], ...]] = (
 
 TRANSLATED: Final[tuple[type[BaseException], ...]] = tuple({vendor for vendor, _ in _KINDS})
 """Every kind of failure that means something here; whatever else comes is a defect of ours."""
+FAILURES: Final[tuple[type[BaseException], ...]] = (ExchangeError, *TRANSLATED)
+"""Those, and what was translated already."""
 
 
 def translate(

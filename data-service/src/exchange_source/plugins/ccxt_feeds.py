@@ -25,7 +25,7 @@ from exchange_source.interfaces import (
     IStreamHandle,
     UpdateCallback,
 )
-from exchange_source.plugins.ccxt_errors import TRANSLATED, translate
+from exchange_source.plugins.ccxt_errors import FAILURES, TRANSLATED, translate
 from exchange_source.plugins.ccxt_guards import SUBSCRIBER, Subscriber
 
 # The first message of a subscription may hold hours of candles; the forming one and the one that
@@ -197,7 +197,7 @@ class Feed(ABC):
         try:
             async with asyncio.timeout(_UNSUBSCRIBE_TIMEOUT_S):
                 await self._unwatch()
-        except (ExchangeError, *TRANSLATED):
+        except FAILURES:
             # Whether it still sends or not: the next watch of the topic subscribes afresh.
             for noted in self._subscriber.hashes:
                 socket.subscriptions.pop(noted, None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import TypeVar
 
 import pytest
 
@@ -23,6 +25,16 @@ from storage.interfaces import StorageUnavailable
 from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
 from tests.support.market import BTC_5M, FIVE, HOUR, MINUTE, T0, book
+
+Event = TypeVar("Event", bound=StreamEvent)
+
+
+async def first_of(kind: type[Event], events: AsyncIterator[StreamEvent]) -> Event:
+    """The next event of a kind; those of other kinds are passed over."""
+    while True:
+        event = await anext(events)
+        if isinstance(event, kind):
+            return event
 
 
 async def test_adding_a_new_coin_asks_selects_streams_and_lists_it() -> None:
@@ -164,8 +176,7 @@ async def test_forming_candles_still_arrive_when_rest_does_not_answer() -> None:
         async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
             await anext(events)
             await world.update(T0 + 24 * HOUR)
-            event: StreamEvent = await anext(events)
-            assert isinstance(event, FormingCandle)
+            assert await first_of(FormingCandle, events) is not None
 
 
 async def test_a_subscriber_gets_each_closed_candle_after_last_closed_once() -> None:
@@ -179,9 +190,7 @@ async def test_a_subscriber_gets_each_closed_candle_after_last_closed_once() -> 
             seen = []
             for at in range(3):
                 await world.pass_time(FIVE)
-                event = await anext(events)
-                assert isinstance(event, ClosedCandle)
-                seen.append(event.entry.timestamp)
+                seen.append((await first_of(ClosedCandle, events)).entry.timestamp)
             assert seen == [T0 + 24 * HOUR + at * FIVE for at in range(3)]
 
 
@@ -191,17 +200,13 @@ async def test_a_subscriber_from_a_time_gets_the_past_then_the_live_without_a_se
         await world.manager.add_coin("BTC")
         await world.pass_time(10_000)
         start = T0 + 24 * HOUR - 4 * FIVE
-        async with aclosing(
-            world.manager.stream_realtime_data("BTC", from_ms=start - 1)
-        ) as events:
+        async with aclosing(world.manager.stream_realtime_data("BTC", from_ms=start - 1)) as events:
             await anext(events)
-            first = await anext(events)
+            seen = [(await first_of(ClosedCandle, events)).entry.timestamp]
             # A candle closes while the replay is being read.
             await world.pass_time(FIVE)
-            rest = [await anext(events) for _ in range(4)]
-        seen = [
-            event.entry.timestamp for event in [first, *rest] if isinstance(event, ClosedCandle)
-        ]
+            for _ in range(4):
+                seen.append((await first_of(ClosedCandle, events)).entry.timestamp)
         assert seen == [start + at * FIVE for at in range(5)]
 
 
@@ -276,11 +281,7 @@ async def test_a_lost_feed_and_its_return_are_told_to_subscribers() -> None:
             world.exchange.end_streams(ExchangeUnavailable("connection lost"))
             await world.pass_time(5_000)
             await world.update(T0 + 24 * HOUR)
-            states = []
-            while len(states) < 2:
-                event = await anext(events)
-                if isinstance(event, StatusTold):
-                    states.append(event.state)
+            states = [(await first_of(StatusTold, events)).state for _ in range(2)]
         assert states == ["reconnecting", "connected"]
 
 

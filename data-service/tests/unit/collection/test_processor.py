@@ -100,9 +100,7 @@ async def test_when_storage_refuses_nothing_is_told_but_the_trouble() -> None:
     with pytest.raises(StorageUnavailable):
         await world.processor.process_settled([entry(T0)])
     await world.hub.advance(BTC_5M)
-    assert world.subscription.waiting() == [
-        StatusTold("storage", "degraded", world.clock.now_ms())
-    ]
+    assert world.subscription.waiting() == [StatusTold("storage", "degraded", world.clock.now_ms())]
 
 
 async def test_storage_that_works_again_is_told_once() -> None:

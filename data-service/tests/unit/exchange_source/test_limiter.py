@@ -150,7 +150,7 @@ async def test_a_waiter_cancelled_in_the_moment_of_its_turn_gives_the_slot_back(
     await single.ask("c")
     await clock.advance(1)
     single.finish["a"].set()
-    while single.limiter.waiting == 2:
+    while single.limiter.waiting == 2:  # noqa: ASYNC110  rounds of the loop, not time
         await asyncio.sleep(0)
     single.tasks["b"].cancel()  # its turn was given and it has not run yet
     await clock.advance(1)

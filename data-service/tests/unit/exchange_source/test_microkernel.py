@@ -12,11 +12,12 @@ import exchange_source
 from config import Settings
 from domain.candle import Candle, CandleUpdate
 from domain.clock import IClock
+from domain.time_range import TimeRange
 from errors import ConfigurationError, UnknownExchange
 from exchange_source.interfaces import IDataSourceConnector, IExchangeAPIClient, Priority
 from exchange_source.microkernel import BUILT_IN, DataSourceConnectorImpl, PluginRegistry
 from tests.support.clock import ManualClock
-from tests.support.exchange import Asked, FakeExchange, TimeRange
+from tests.support.exchange import Asked, FakeExchange
 
 MINUTE = 60_000
 

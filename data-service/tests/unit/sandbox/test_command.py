@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -70,6 +71,13 @@ def test_a_recording_that_is_not_there_is_told(
 ) -> None:
     assert run(arguments("--port", "0", "--replay", str(tmp_path / "none"))) == 2
     assert "no candles are recorded there" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(arguments("--port", str(port))) == 1
+    assert f"cannot listen on port {port}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

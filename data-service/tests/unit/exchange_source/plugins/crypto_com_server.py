@@ -172,6 +172,13 @@ class CryptoComServer:
         await ws.send_json({"id": message.get("id", -1), "method": message["method"], "code": 0})
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until ``condition`` holds, for at most 5 s."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  ccxt has no event for what it took in
+            await asyncio.sleep(0)
+
+
 def ok(result: dict[str, Any]) -> web.Response:
     return web.json_response({"id": -1, "method": "public/any", "code": 0, "result": result})
 

@@ -6,6 +6,8 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -30,9 +32,11 @@ from exchange_source.limiter import RequestLimiter
 from exchange_source.plugins.cryptocom_exchange import CryptocomExchange
 from tests.support.clock import ManualClock
 from tests.unit.exchange_source.plugins.crypto_com_server import (
+    Answer,
     CryptoComServer,
     ok,
     running_server,
+    until,
 )
 
 MINUTE = 60_000
@@ -95,12 +99,17 @@ async def history(
         return await exchange.fetch_historical_data(market, "1m", asked.start, asked.end)
 
 
+async def ignore(_: CandleUpdate) -> None:
+    """A callback that wants nothing."""
+
+
 async def ended(handle: IStreamHandle) -> None:
     async with asyncio.timeout(5):
         await handle.wait()
 
 
-def answering(response: Callable[[], web.Response], method: str = "get-candlestick") -> object:
+def answering(response: Callable[[], web.Response], method: str = "get-candlestick") -> Answer:
+    """Every answer to ``method`` is ``response``."""
     return lambda request: response() if request.path.endswith(method) else None
 
 
@@ -395,9 +404,9 @@ class TestHistory:
         changes: dict[str, object],
     ) -> None:
         good = {"o": "100", "h": "101", "l": "99", "c": "100", "v": "1"}
-        rows = [good | {"t": OPEN - ago * MINUTE} for ago in (5, 4, 3)]
+        rows: list[dict[str, Any]] = [good | {"t": OPEN - ago * MINUTE} for ago in (5, 4, 3)]
         rows[1] |= changes
-        server.answer = answering(lambda: ok({"data": rows}))  # type: ignore[assignment]
+        server.answer = answering(lambda: ok({"data": rows}))
         with pytest.raises(BadExchangeAnswer):
             await history(exchange, 5, 3)
 
@@ -406,11 +415,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("response", "kind"),
         [
-            (lambda: web.Response(), BadExchangeAnswer),
+            (web.Response, BadExchangeAnswer),
             (lambda: web.Response(text="<html>hello</html>", content_type="text/html"),
              BadExchangeAnswer),
-            (lambda: web.Response(text='{"code": 0, "result": {"da', content_type="application/json"),
-             BadExchangeAnswer),
+            (lambda: web.Response(text='{"code": 0, "result": {"da'), BadExchangeAnswer),
             (lambda: web.json_response({"code": 0}), BadExchangeAnswer),
             (lambda: web.json_response({"code": 0, "result": {}}), BadExchangeAnswer),
             (lambda: web.json_response({"code": 0, "result": {"data": [1, 2]}}), BadExchangeAnswer),
@@ -437,7 +445,7 @@ class TestErrors:
         response: Callable[[], web.Response],
         kind: type[ExchangeError],
     ) -> None:
-        server.answer = answering(response)  # type: ignore[assignment]
+        server.answer = answering(response)
         with pytest.raises(ExchangeError) as caught:
             await history(exchange, 10, 5)
         assert type(caught.value) is kind
@@ -451,7 +459,7 @@ class TestErrors:
             response.force_close()
             return response
 
-        server.answer = answering(half)  # type: ignore[assignment]
+        server.answer = answering(half)
         with pytest.raises(BadExchangeAnswer):
             await history(exchange, 10, 5)
 
@@ -524,8 +532,13 @@ class TestErrors:
             calls = [
                 exchange._request(
                     Priority.LIVE,
-                    lambda interval=interval: exchange.vendor.fetch_ohlcv(
-                        BTC, interval, None, 1, {"start_ts": asked.start, "end_ts": asked.end}
+                    partial(
+                        exchange.vendor.fetch_ohlcv,
+                        BTC,
+                        interval,
+                        None,
+                        1,
+                        {"start_ts": asked.start, "end_ts": asked.end},
                     ),
                 )
                 for interval in dates
@@ -652,8 +665,7 @@ class TestCandleStream:
             assert await told.get() == candle(0, 100.0)
             await server.send_candles(BTC, "1m", candle(0, 101.0))
             rows = exchange.vendor.ohlcvs[BTC]["1m"]
-            while rows[-1][4] != 101.0:
-                await asyncio.sleep(0)
+            await until(lambda: bool(rows[-1][4] == 101.0))
             go_on.set()
             assert await told.get() == candle(0, 101.0)
 
@@ -800,7 +812,7 @@ class TestCandleStream:
     async def test_an_unknown_market_ends_the_stream_as_refused(
         self, exchange: CryptocomExchange, server: CryptoComServer
     ) -> None:
-        handle = await exchange.start_realtime_stream("NOPE/USD", "1m", asyncio.Queue().put)
+        handle = await exchange.start_realtime_stream("NOPE/USD", "1m", ignore)
         with pytest.raises(ExchangeRefused):
             await ended(handle)
 
@@ -808,13 +820,13 @@ class TestCandleStream:
         self, exchange: CryptocomExchange
     ) -> None:
         with pytest.raises(InvalidRequest):
-            await exchange.start_realtime_stream(BTC, "7m", asyncio.Queue().put)
+            await exchange.start_realtime_stream(BTC, "7m", ignore)
 
     async def test_an_exchange_that_is_away_ends_the_stream(self, clock: ManualClock) -> None:
         async with running_server(clock) as server:
             exchange = exchange_at(server.url, clock)
             await exchange.check_coin_availability("BTC")
-        handle = await exchange.start_realtime_stream(BTC, "1m", asyncio.Queue().put)
+        handle = await exchange.start_realtime_stream(BTC, "1m", ignore)
         with pytest.raises(ExchangeUnavailable):
             await ended(handle)
         await exchange.close()
@@ -827,9 +839,7 @@ class TestOrderBookStream:
         return handle
 
     async def settled(self, handle: IOrderBookHandle, timestamp: int) -> None:
-        async with asyncio.timeout(5):
-            while (book := handle.snapshot()) is None or book.timestamp != timestamp:
-                await asyncio.sleep(0)
+        await until(lambda: (book := handle.snapshot()) is not None and book.timestamp == timestamp)
 
     async def test_no_book_before_the_first_message(
         self, exchange: CryptocomExchange, server: CryptoComServer

@@ -1,0 +1,126 @@
+"""The operations as tools for LLM agents: streamable HTTP at ``/mcp``, behind the same tokens.
+
+``fastapi-mcp`` turns the routes' OpenAPI into tools and a tool's call into a request to this
+application, with the caller's own ``Authorization``; so a tool decides nothing that its route does
+not. The transport is the MCP SDK's own, without sessions: no state to lose at a restart or to
+share between processes. It follows that nothing is pushed, and GET and DELETE are refused, as the
+protocol provides for servers without streams and sessions.
+
+All of it stays behind this module, because the library is young and pins nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Final
+
+import httpx
+from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi_mcp import FastApiMCP
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+from mcp.types import TextContent
+from starlette.types import Receive, Scope, Send
+
+from api.middleware import MAX_BODY_BYTES
+from auth.interfaces import Principal
+from auth.module import get_current_user
+
+MCP_PATH: Final = "/mcp"
+# Longer than the longest that a route takes, exchanges' time limits and retries included.
+CALL_TIMEOUT_S: Final = 60.0
+_ABOUT: Final = (
+    "Crypto market data: candles with order books at their close, collected without gaps. Times "
+    "are integer milliseconds since the epoch, UTC; inputs also take ISO 8601. Look at list_coins "
+    "for what is collected; summarize_history answers questions about a long range in few words."
+)
+
+
+class McpEndpoint:
+    """The tools of one application. ``router`` serves while ``running`` is entered.
+
+    Args:
+        app: has every route that is to be a tool by the time ``running`` is entered.
+        operations: the operation ids that become tools.
+    """
+
+    def __init__(self, app: FastAPI, operations: Sequence[str]) -> None:
+        self._app = app
+        self._operations = list(operations)
+        self._manager: StreamableHTTPSessionManager | None = None
+        self.router = APIRouter()
+        self.router.add_api_route(
+            MCP_PATH,
+            self._serve,
+            methods=["POST"],
+            operation_id="mcp",
+            include_in_schema=False,
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serve tools meanwhile; calls that are running at the end are cancelled and joined."""
+        # A failed call is a request to this application, which logs what there is to log; the
+        # library would log a traceback for each 404.
+        logging.getLogger("fastapi_mcp").setLevel(logging.CRITICAL)
+        transport = httpx.ASGITransport(app=self._app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://service", timeout=CALL_TIMEOUT_S
+        ) as client:
+            tools = _Tools(
+                self._app,
+                name=self._app.title,
+                description=_ABOUT,
+                http_client=client,
+                include_operations=self._operations,
+                headers=["authorization", "x-request-id"],
+            )
+            manager = StreamableHTTPSessionManager(
+                tools.server,
+                json_response=True,
+                stateless=True,
+                max_request_body_size=MAX_BODY_BYTES,
+            )
+            async with manager.run():
+                self._manager = manager
+                try:
+                    yield
+                finally:
+                    self._manager = None
+
+    async def _serve(self, _: Annotated[Principal, Depends(get_current_user)]) -> Response:
+        if self._manager is None:
+            raise RuntimeError("the MCP endpoint is not running")
+        return _Handled(self._manager)
+
+
+class _Handled(Response):
+    """The MCP transport's answer, written by itself."""
+
+    def __init__(self, manager: StreamableHTTPSessionManager) -> None:
+        super().__init__()
+        self._manager = manager
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._manager.handle_request(scope, receive, send)
+
+
+class _Tools(FastApiMCP):  # type: ignore[misc]  # the library ships no types
+    """Answers in compact JSON: indented, a row of six numbers takes eight lines of an agent's
+    context."""
+
+    async def _execute_api_tool(self, *args: Any, **kwargs: Any) -> list[TextContent]:
+        answers = await super()._execute_api_tool(*args, **kwargs)
+        return [
+            TextContent(type="text", text=json.dumps(json.loads(answer.text), ensure_ascii=False))
+            for answer in answers
+        ]
+
+
+def mount_mcp(app: FastAPI, operations: Sequence[str]) -> McpEndpoint:
+    """Add the MCP endpoint to ``app``; the caller enters its ``running`` for the lifespan."""
+    endpoint = McpEndpoint(app, operations)
+    app.include_router(endpoint.router)
+    return endpoint

@@ -1,0 +1,123 @@
+"""HistoricalFetcher: storage first, the exchange for the rest, and what was fetched kept."""
+
+from __future__ import annotations
+
+from domain.gap import Gap, GapReason
+from domain.time_range import TimeRange
+from exchange_source.interfaces import ExchangeUnavailable
+from historical.fetcher import HistoricalFetcher, joined
+from historical.interfaces import ResolvedSeries
+from tests.support.collecting import Collecting
+from tests.support.market import BTC_5M, FIVE, HOUR, T0, candle, candles, entry
+
+RESOLVED = ResolvedSeries(BTC_5M, "BTC/USD")
+TWO_HOURS = TimeRange(T0, T0 + 2 * HOUR)
+
+
+def fetcher(world: Collecting) -> HistoricalFetcher:
+    return HistoricalFetcher(world.storage, world.reconciler, world.clock)
+
+
+async def test_a_range_that_is_stored_comes_from_storage_and_asks_nobody() -> None:
+    world = Collecting()
+    async with world.running():
+        await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
+        asked = len(world.exchange.asked)
+        page = await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
+    assert len(world.exchange.asked) == asked
+    assert [item.candle for item in page.entries] == candles(T0, 24)
+    assert (page.from_storage, page.from_exchange) == (24, 0)
+
+
+async def test_storage_is_read_for_exactly_the_closed_part_of_the_range() -> None:
+    world = Collecting()
+    now = world.clock.now_ms()
+    async with world.running():
+        page = await fetcher(world).fetch_data(RESOLVED, TimeRange(now - HOUR - 1, now + HOUR))
+    assert page.range == TimeRange(T0 + 23 * HOUR + FIVE, T0 + 24 * HOUR)
+    assert [item.timestamp for item in page.entries] == list(
+        range(page.range.start, page.range.end, FIVE)
+    )
+
+
+async def test_a_range_without_closed_periods_is_empty() -> None:
+    world = Collecting()
+    now = world.clock.now_ms()
+    async with world.running():
+        page = await fetcher(world).fetch_data(RESOLVED, TimeRange(now, now + HOUR))
+    assert page.entries == ()
+    assert page.gaps == ()
+    assert world.exchange.asked == []
+
+
+async def test_only_what_storage_lacks_is_fetched_and_it_is_kept() -> None:
+    world = Collecting()
+    await world.storage.store_batch([entry(T0 + at * FIVE) for at in range(12)])
+    # Much newer, so that no second look is owed to the others.
+    await world.storage.store_raw_data(entry(T0 + 10 * HOUR))
+    async with world.running():
+        page = await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
+    assert len(page.entries) == 24
+    assert (page.from_storage, page.from_exchange) == (12, 12)
+    assert [asked.range for asked in world.exchange.asked] == [TimeRange(T0 + HOUR, T0 + 2 * HOUR)]
+    assert len(await world.stored()) == 25
+
+
+async def test_what_overlaps_is_there_once_and_as_the_exchange_corrected_it() -> None:
+    world = Collecting()
+    await world.storage.store_raw_data(entry(T0 + 12 * FIVE))
+    corrected = candle(T0 + 12 * FIVE, close=100)
+    world.exchange.put("BTC/USD", "5m", [corrected])
+    async with world.running():
+        page = await fetcher(world).fetch_data(RESOLVED, TimeRange(T0 + 11 * FIVE, T0 + 14 * FIVE))
+    assert [item.timestamp for item in page.entries] == [
+        T0 + 11 * FIVE,
+        T0 + 12 * FIVE,
+        T0 + 13 * FIVE,
+    ]
+    assert (page.entries[1].candle, page.entries[1].revision) == (corrected, 2)
+
+
+async def test_when_the_exchange_is_away_what_is_stored_is_served_with_its_gaps() -> None:
+    world = Collecting()
+    await world.storage.store_batch([entry(T0 + at * FIVE) for at in range(12)])
+    world.exchange.fail_with = ExchangeUnavailable("503")
+    async with world.running():
+        page = await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
+    assert len(page.entries) == 12
+    assert page.gaps == (Gap(TimeRange(T0 + HOUR, T0 + 2 * HOUR), GapReason.UNREACHABLE),)
+    assert page.error is world.exchange.fail_with
+
+
+async def test_periods_without_trades_are_told_as_gaps() -> None:
+    world = Collecting()
+    del world.exchange.candles["BTC/USD", "5m"][T0 + FIVE]
+    async with world.running():
+        page = await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
+    assert page.gaps == (Gap(TimeRange(T0 + FIVE, T0 + 2 * FIVE), GapReason.NO_TRADES),)
+
+
+async def test_an_exchange_that_does_not_answer_in_time_leaves_the_range_pending() -> None:
+    world = Collecting()
+    world.exchange.gate.clear()
+    hasty = HistoricalFetcher(world.storage, world.reconciler, world.clock, patience_s=0.01)
+    async with world.running():
+        page = await hasty.fetch_data(RESOLVED, TWO_HOURS)
+        world.exchange.gate.set()
+    assert page.entries == ()
+    assert page.gaps == (Gap(TWO_HOURS, GapReason.PENDING),)
+
+
+async def test_pages_cover_the_range_in_order() -> None:
+    world = Collecting()
+    async with world.running():
+        pages = [page async for page in fetcher(world).pages(RESOLVED, TWO_HOURS, periods=10)]
+    assert [len(page.entries) for page in pages] == [10, 10, 4]
+    assert pages[1].range.start == T0 + 10 * FIVE
+
+
+def test_gaps_that_touch_and_have_one_reason_are_one() -> None:
+    first = Gap(TimeRange(0, 10), GapReason.PENDING)
+    second = Gap(TimeRange(10, 20), GapReason.PENDING)
+    third = Gap(TimeRange(20, 30), GapReason.NO_TRADES)
+    assert joined([first, second, third]) == (Gap(TimeRange(0, 20), GapReason.PENDING), third)

@@ -1,0 +1,265 @@
+"""HistoricalDataManagerImpl: pages, streams, the newest candle, summaries and coverage."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from domain.gap import Gap, GapReason
+from domain.time_range import TimeRange
+from errors import CoinNotAvailable, InvalidRequest, NoData
+from exchange_source.interfaces import ExchangeUnavailable
+from historical.current_fetcher import CurrentDataFetcher
+from historical.fetcher import HistoricalFetcher
+from historical.manager import HistoricalDataManagerImpl
+from tests.support.clock import settle_loop
+from tests.support.collecting import Collecting
+from tests.support.market import FIVE, HOUR, MINUTE, T0, candles
+
+
+class Socket:
+    """A websocket that keeps what it is sent, and breaks when told to."""
+
+    def __init__(self, *, breaks_after: int | None = None) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self._breaks_after = breaks_after
+
+    async def send_json(self, data: Any) -> None:
+        if self._breaks_after is not None and len(self.sent) >= self._breaks_after:
+            raise ConnectionResetError("the client is gone")
+        self.sent.append(data)
+
+
+def history(world: Collecting) -> HistoricalDataManagerImpl:
+    return HistoricalDataManagerImpl(
+        directory=world.manager,
+        fetcher=HistoricalFetcher(world.storage, world.reconciler, world.clock),
+        current=CurrentDataFetcher(world.storage),
+        reconciler=world.reconciler,
+        forming=world.hub.forming,
+        clock=world.clock,
+    )
+
+
+async def test_streaming_sends_the_fetched_candles_in_chunks_then_completes() -> None:
+    world = Collecting()
+    socket = Socket()
+    async with world.running():
+        await history(world).stream_historical_data(
+            socket, "btc", T0, T0 + 2 * HOUR, chunk_size=10, request_id="r1"
+        )
+    *chunks, complete = socket.sent
+    assert [chunk["index"] for chunk in chunks] == [0, 1, 2]
+    assert chunks[0] | {"rows": []} == {
+        "type": "historical_data_chunk",
+        "request_id": "r1",
+        "index": 0,
+        "exchange": "crypto.com",
+        "coin": "BTC",
+        "market": "BTC/USD",
+        "interval": "5m",
+        "columns": ("timestamp", "open", "high", "low", "close", "volume"),
+        "rows": [],
+    }
+    first = candles(T0, 1)[0]
+    assert chunks[0]["rows"][0] == [
+        T0,
+        first.open,
+        first.high,
+        first.low,
+        first.close,
+        first.volume,
+    ]
+    assert [row[0] for chunk in chunks for row in chunk["rows"]] == list(
+        range(T0, T0 + 2 * HOUR, FIVE)
+    )
+    assert complete == {
+        "type": "historical_data_complete",
+        "request_id": "r1",
+        "count": 24,
+        "chunks": 3,
+        "gaps": [],
+        "sources": {"storage": 0, "exchange": 24},
+    }
+
+
+async def test_streaming_says_what_is_missing_and_why() -> None:
+    world = Collecting()
+    for at in (3, 4, 10):
+        del world.exchange.candles["BTC/USD", "5m"][T0 + at * FIVE]
+    socket = Socket()
+    async with world.running():
+        await history(world).stream_historical_data(socket, "BTC", T0, T0 + 2 * HOUR, chunk_size=4)
+    assert socket.sent[-1]["gaps"] == [
+        {"start": T0 + 3 * FIVE, "end": T0 + 5 * FIVE, "count": 2, "reason": "no_trades"},
+        {"start": T0 + 10 * FIVE, "end": T0 + 11 * FIVE, "count": 1, "reason": "no_trades"},
+    ]
+
+
+async def test_a_broken_websocket_ends_the_stream_and_is_passed_on() -> None:
+    world = Collecting()
+    async with world.running():
+        with pytest.raises(ConnectionResetError):
+            await history(world).stream_historical_data(
+                Socket(breaks_after=1), "BTC", T0, T0 + 10 * HOUR, chunk_size=10
+            )
+        assert len(world.exchange.asked) <= 3
+
+
+async def test_a_cancelled_stream_sends_nothing_more() -> None:
+    world = Collecting()
+    world.exchange.gate.clear()
+    socket = Socket()
+    async with world.running():
+        streaming = asyncio.create_task(
+            history(world).stream_historical_data(socket, "BTC", T0, T0 + HOUR)
+        )
+        world.exchange.gate.set()
+        streaming.cancel()
+        await settle_loop()
+        assert streaming.cancelled()
+    assert socket.sent == []
+
+
+async def test_a_stream_of_nothing_from_an_exchange_that_is_away_is_an_error() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        world.exchange.fail_with = ExchangeUnavailable("503")
+        with pytest.raises(ExchangeUnavailable):
+            await history(world).stream_historical_data(Socket(), "BTC", T0, T0 + HOUR)
+
+
+async def test_a_page_holds_at_most_its_limit_and_says_where_the_next_starts() -> None:
+    world = Collecting()
+    async with world.running():
+        page = await history(world).get_historical_data("BTC", T0, T0 + 2 * HOUR, limit=20)
+        assert [entry.candle for entry in page.entries] == candles(T0, 20)
+        assert page.next_start == T0 + 20 * FIVE
+        rest = await history(world).get_historical_data(
+            "BTC", page.next_start, T0 + 2 * HOUR, limit=20
+        )
+    assert len(rest.entries) == 4
+    assert rest.next_start is None
+    assert (rest.from_storage, rest.from_exchange) == (0, 4)
+
+
+async def test_holes_do_not_make_a_page_shorter() -> None:
+    world = Collecting()
+    for at in range(5, 15):
+        del world.exchange.candles["BTC/USD", "5m"][T0 + at * FIVE]
+    async with world.running():
+        page = await history(world).get_historical_data("BTC", T0, T0 + 4 * HOUR, limit=20)
+    assert len(page.entries) == 20
+    assert page.gaps == (Gap(TimeRange(T0 + 5 * FIVE, T0 + 15 * FIVE), GapReason.NO_TRADES),)
+
+
+async def test_history_without_rows_is_an_answer_unless_the_exchange_could_not_be_asked() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        page = await history(world).get_historical_data("BTC", T0 - 2 * HOUR, T0 - HOUR)
+        assert page.entries == ()
+        assert {gap.reason for gap in page.gaps} == {GapReason.NOT_OFFERED}
+        world.exchange.fail_with = ExchangeUnavailable("503")
+        with pytest.raises(ExchangeUnavailable):
+            await history(world).get_historical_data("BTC", T0, T0 + HOUR)
+
+
+async def test_bad_ranges_and_names_are_refused() -> None:
+    world = Collecting()
+    async with world.running():
+        with pytest.raises(InvalidRequest, match="is not after start"):
+            await history(world).get_historical_data("BTC", T0, T0)
+        with pytest.raises(InvalidRequest, match="before 1970"):
+            await history(world).get_historical_data("BTC", -1, T0)
+        with pytest.raises(InvalidRequest, match="does not exist"):
+            await history(world).get_historical_data("BTC", T0, T0 + HOUR, interval="5x")
+        with pytest.raises(CoinNotAvailable):
+            await history(world).get_historical_data("DOGE", T0, T0 + HOUR)
+
+
+async def test_the_most_current_candle_of_a_collected_coin_is_the_forming_one() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        closed = await history(world).get_most_current_data("BTC")
+        assert closed.closed
+        assert closed.candle.timestamp == T0 + 24 * HOUR - FIVE
+        assert closed.age_ms == world.clock.now_ms() - (T0 + 24 * HOUR)
+        await world.update(T0 + 24 * HOUR)
+        await world.pass_time(1_000)
+        forming = await history(world).get_most_current_data("BTC")
+        assert not forming.closed
+        assert (forming.candle.timestamp, forming.age_ms) == (T0 + 24 * HOUR, 1_000)
+
+
+async def test_the_most_current_candle_of_an_uncollected_coin_is_fetched() -> None:
+    world = Collecting()
+    async with world.running():
+        current = await history(world).get_most_current_data("ETH")
+        assert current.candle.timestamp == T0 + 24 * HOUR - FIVE
+        assert current.market == "ETH/USD"
+
+
+async def test_nothing_known_is_no_data() -> None:
+    world = Collecting()
+    world.exchange.candles.clear()
+    async with world.running():
+        with pytest.raises(NoData):
+            await history(world).get_most_current_data("BTC")
+        with pytest.raises(NoData):
+            await history(world).summarize_history("BTC", T0, T0 + HOUR)
+
+
+async def test_a_summary_says_the_range_in_a_few_numbers() -> None:
+    world = Collecting()
+    async with world.running():
+        summary = await history(world).summarize_history("BTC", T0, T0 + 10 * HOUR)
+    recorded = candles(T0, 120)
+    assert (summary.count, summary.first, summary.last) == (120, recorded[0], recorded[-1])
+    assert summary.high == max(item.high for item in recorded)
+    assert summary.low == min(item.low for item in recorded)
+    assert summary.volume == pytest.approx(180)
+    assert summary.change_percent == pytest.approx(
+        (recorded[-1].close / recorded[0].open - 1) * 100
+    )
+    assert summary.vwap == pytest.approx(
+        sum((item.high + item.low + item.close) / 3 for item in recorded) / 120
+    )
+    assert len(summary.candles) == 40
+    assert summary.candle_periods == 3
+    assert summary.candles[0].timestamp == T0
+
+
+async def test_coverage_counts_from_since_to_now() -> None:
+    world = Collecting()
+    del world.exchange.candles["BTC/USD", "5m"][T0 + 20 * HOUR]
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(2 * MINUTE)
+        coverage = await history(world).get_coverage("BTC")
+    since = T0 + 12 * HOUR
+    assert (coverage.first, coverage.last) == (since, T0 + 24 * HOUR - FIVE)
+    assert (coverage.expected, coverage.stored) == (144, 143)
+    assert coverage.gaps == (
+        Gap(TimeRange(T0 + 20 * HOUR, T0 + 20 * HOUR + FIVE), GapReason.NO_TRADES),
+    )
+    assert coverage.ranges == (
+        TimeRange(since, T0 + 20 * HOUR),
+        TimeRange(T0 + 20 * HOUR + FIVE, T0 + 24 * HOUR),
+    )
+
+
+async def test_coverage_of_what_is_not_collected_counts_from_its_first_entry() -> None:
+    world = Collecting()
+    async with world.running():
+        empty = await history(world).get_coverage("BTC")
+        assert (empty.first, empty.expected, empty.stored) == (None, 0, 0)
+        await history(world).get_historical_data("BTC", T0 + 22 * HOUR, T0 + 23 * HOUR)
+        coverage = await history(world).get_coverage("BTC")
+    assert (coverage.first, coverage.expected, coverage.stored) == (T0 + 22 * HOUR, 24, 12)
+    assert {gap.reason for gap in coverage.gaps} == {GapReason.PENDING}
