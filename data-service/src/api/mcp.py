@@ -15,10 +15,11 @@ import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Annotated, Any, Final
 
 import httpx
-from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
 from fastapi_mcp import FastApiMCP
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.types import TextContent
@@ -58,6 +59,13 @@ class McpEndpoint:
             operation_id="mcp",
             include_in_schema=False,
         )
+        self.router.add_api_route(
+            MCP_PATH,
+            self._refuse,
+            methods=["GET", "DELETE"],
+            operation_id="mcp_without_streams",
+            include_in_schema=False,
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -72,11 +80,13 @@ class McpEndpoint:
             tools = _Tools(
                 self._app,
                 name=self._app.title,
-                description=_ABOUT,
                 http_client=client,
                 include_operations=self._operations,
                 headers=["authorization", "x-request-id"],
             )
+            # The library hands its description over as the server's version.
+            tools.server.version = self._app.version
+            tools.server.instructions = _ABOUT
             manager = StreamableHTTPSessionManager(
                 tools.server,
                 json_response=True,
@@ -94,6 +104,9 @@ class McpEndpoint:
         if self._manager is None:
             raise RuntimeError("the MCP endpoint is not running")
         return _Handled(self._manager)
+
+    async def _refuse(self, _: Annotated[Principal, Depends(get_current_user)]) -> Response:
+        raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "POST"})
 
 
 class _Handled(Response):

@@ -78,7 +78,7 @@ class Fault:
             if value is None:
                 return False
             if name == "path":
-                if False:
+                if wanted not in value:
                     return False
             elif plain_name(wanted) != plain_name(value):
                 return False

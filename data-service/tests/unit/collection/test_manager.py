@@ -188,7 +188,7 @@ async def test_a_subscriber_gets_each_closed_candle_after_last_closed_once() -> 
             started = await anext(events)
             assert started == SubscriptionStarted(BTC_5M, "BTC/USD", T0 + 24 * HOUR - FIVE)
             seen = []
-            for at in range(3):
+            for _ in range(3):
                 await world.pass_time(FIVE)
                 seen.append((await first_of(ClosedCandle, events)).entry.timestamp)
             assert seen == [T0 + 24 * HOUR + at * FIVE for at in range(3)]
@@ -205,8 +205,7 @@ async def test_a_subscriber_from_a_time_gets_the_past_then_the_live_without_a_se
             seen = [(await first_of(ClosedCandle, events)).entry.timestamp]
             # A candle closes while the replay is being read.
             await world.pass_time(FIVE)
-            for _ in range(4):
-                seen.append((await first_of(ClosedCandle, events)).entry.timestamp)
+            seen += [(await first_of(ClosedCandle, events)).entry.timestamp for _ in range(4)]
         assert seen == [start + at * FIVE for at in range(5)]
 
 

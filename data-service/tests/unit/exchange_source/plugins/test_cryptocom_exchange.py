@@ -885,6 +885,18 @@ class TestOrderBookStream:
             await ended(handle)
         assert handle.snapshot() is None
 
+    async def test_a_book_found_crossed_below_its_top_ends_the_stream_when_it_is_read(
+        self, exchange: CryptocomExchange, server: CryptoComServer
+    ) -> None:
+        handle = await self.start(exchange, server)
+        levels = {"bids": [["99", "1", "1"], ["98", "1", "1"]], "asks": [["101", "2", "1"]]}
+        await server.send_book("book", levels | {"t": NOW, "u": 1})
+        await self.settled(handle, NOW)
+        exchange.vendor.orderbooks[BTC]["bids"][1][0] = 99.5
+        assert handle.snapshot() is None
+        with pytest.raises(BadExchangeAnswer, match="not sorted"):
+            await ended(handle)
+
     async def test_an_update_that_was_lost_ends_the_stream(
         self, exchange: CryptocomExchange, server: CryptoComServer
     ) -> None:

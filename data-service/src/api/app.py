@@ -1,0 +1,58 @@
+"""The FastAPI application: routes, errors, middleware and tools put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.metadata import version
+from typing import Final
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from api.endpoints import OPERATIONS, open_routes, operations, socket_routes, token_routes
+from api.mcp import mount_mcp
+from api.metrics import ApiMetrics, MetricsMiddleware
+from api.middleware import BodyLimitMiddleware, CrashMiddleware, RequestIdMiddleware
+from api.problems import install_error_handlers
+from config import Settings
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+TITLE: Final = "cb-trade data service"
+DISTRIBUTION: Final = "cb-trade-data-service"
+
+
+def build_app(
+    settings: Settings, lifespan: Lifespan, *, registry: CollectorRegistry | None = None
+) -> FastAPI:
+    """The application.
+
+    ``lifespan`` puts ``app.state.services`` (``Services``) and ``app.state.auth``
+    (``IAuthenticationModule``) in place before it yields; MCP is served within it, so that its
+    calls have ended when what they stand on is taken down. ``registry`` is what ``/metrics``
+    shows, a new one by default.
+    """
+
+    @asynccontextmanager
+    async def with_mcp(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan(app), mcp.running():
+            yield
+
+    app = FastAPI(
+        title=TITLE,
+        version=version(DISTRIBUTION),
+        summary="Crypto market data without gaps, for trading bots and LLM agents",
+        lifespan=with_mcp,
+    )
+    app.state.metrics = ApiMetrics(CollectorRegistry() if registry is None else registry)
+    for router in (operations, open_routes, token_routes(settings), socket_routes):
+        app.include_router(router)
+    mcp = mount_mcp(app, OPERATIONS)
+    install_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimitMiddleware)
+    app.add_middleware(CrashMiddleware)
+    app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
+    app.add_middleware(RequestIdMiddleware)
+    return app
