@@ -413,7 +413,7 @@ class SummaryResponse(BaseModel):
             "(high + low + close) / 3 weighted by volume. Null without volume."
         ),
     ]
-    vwap_method: Literal["approximate: typical price (high + low + close) / 3 weighted by volume"]
+    vwap_method: str
     volatility: Annotated[
         float | None,
         Field(

@@ -16,6 +16,7 @@ from api.metrics import ApiMetrics
 from api.services import Services, WithServices
 from api.session import Session
 from api.wire import (
+    VWAP_METHOD,
     availability_out,
     coverage_out,
     current_out,
@@ -326,9 +327,7 @@ async def get_historical_data(
                 "change_percent": -0.2988,
                 "volume": 0.8837,
                 "vwap": 92874.5,
-                "vwap_method": (
-                    "approximate: typical price (high + low + close) / 3 weighted by volume"
-                ),
+                "vwap_method": VWAP_METHOD,
                 "volatility": None,
                 "max_drawdown_percent": 0.0,
                 "columns": _COLUMNS,

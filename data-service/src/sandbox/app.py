@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -104,7 +104,7 @@ def create_sandbox(config: SandboxConfig) -> web.Application:
 
     async def stop(_: web.Application) -> None:
         # Clearing lets go of every request that a fault keeps waiting.
-        pass
+        faults.clear()
         await hub.close()
 
     app.on_response_prepare.append(date)
@@ -171,7 +171,7 @@ def _connections(faults: FaultBoard) -> Middleware:
     return middleware
 
 
-def _paced(config: SandboxConfig, protocols: list[CryptocomProtocol]) -> Middleware:
+def _paced(config: SandboxConfig, protocols: Sequence[IProtocol]) -> Middleware:
     recent: deque[float] = deque()
 
     @web.middleware
@@ -193,7 +193,7 @@ def _paced(config: SandboxConfig, protocols: list[CryptocomProtocol]) -> Middlew
     return middleware
 
 
-def _faulty(faults: FaultBoard, protocols: list[CryptocomProtocol]) -> Middleware:
+def _faulty(faults: FaultBoard, protocols: Sequence[IProtocol]) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         protocol = _protocol_of(request, protocols)
@@ -213,18 +213,22 @@ def _faulty(faults: FaultBoard, protocols: list[CryptocomProtocol]) -> Middlewar
         if faults.take("rest_empty", **what) is not None:
             return web.Response(status=200)
         garbage = faults.take("rest_garbage", **what)
-        if garbage is not None and garbage.fields.get("body") == "html":
-            return web.Response(text=_HTML.format("Welcome"), content_type="text/html")
         try:
             response = await handler(request)
         except web.HTTPNotFound:
-            return answer(protocol.failure(request, 404), status=404)
-        if garbage is not None and isinstance(response, web.Response):
-            whole = response.body if isinstance(response.body, bytes) else b""
-            return web.Response(body=whole[: len(whole) * 2 // 3], content_type="application/json")
-        return response
+            response = answer(protocol.failure(request, 404), status=404)
+        return response if garbage is None else _garbled(response, garbage)
 
     return middleware
+
+
+def _garbled(response: web.StreamResponse, fault: Fault) -> web.Response:
+    """Nonsense in place of ``response``, with a status that says all is well."""
+    if fault.fields.get("body") == "html":
+        return web.Response(text=_HTML.format("Welcome"), content_type="text/html")
+    whole = response.body if isinstance(response, web.Response) else None
+    text = whole if isinstance(whole, bytes) else b""
+    return web.Response(body=text[: len(text) * 2 // 3], content_type="application/json")
 
 
 def _failed(protocol: IProtocol, request: web.Request, fault: Fault) -> web.Response:
@@ -241,7 +245,5 @@ def _failed(protocol: IProtocol, request: web.Request, fault: Fault) -> web.Resp
     return response
 
 
-def _protocol_of(
-    request: web.Request, protocols: list[CryptocomProtocol]
-) -> CryptocomProtocol | None:
+def _protocol_of(request: web.Request, protocols: Sequence[IProtocol]) -> IProtocol | None:
     return next((item for item in protocols if request.path.startswith(f"{item.prefix}/")), None)

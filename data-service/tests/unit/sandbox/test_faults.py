@@ -416,3 +416,9 @@ async def test_a_wrong_request_is_answered_as_the_exchange_would(
     status, answer = await http.get(CANDLES, **query)
     assert (status, answer["code"]) == (400, code)
     assert answer["method"] == "public/get-candlestick"
+
+
+async def test_a_path_that_the_exchange_has_not_is_answered_in_its_shape(http: Http) -> None:
+    status, answer = await http.get("/exchange/v1/public/get-nothing")
+    assert (status, answer["method"]) == (404, "public/get-nothing")
+    assert answer["code"] != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -793,6 +794,8 @@ class TestCandleStream:
                 await ended(handle)
         await server.send_candles(BTC, "1m", candle(0))
         assert await live.next() == candle(0)
+        sent = [server.messages.get_nowait()["method"] for _ in range(server.messages.qsize())]
+        assert sent == ["subscribe", "subscribe"]  # nothing to unsubscribe from
 
     async def test_a_refusal_that_names_no_channel_ends_every_stream_of_the_socket(
         self, exchange: CryptocomExchange, server: CryptoComServer
@@ -863,6 +866,13 @@ class TestOrderBookStream:
         assert after is not None
         assert after.bids == ((98.0, 5.0),)
         assert after.asks == ((100.5, 4.0), (101.0, 2.0))
+
+    async def test_ccxt_writes_into_no_default_of_its_own(
+        self, exchange: CryptocomExchange, server: CryptoComServer
+    ) -> None:
+        await self.start(exchange, server)
+        params = inspect.signature(exchange.vendor.watch_order_book).parameters["params"]
+        assert params.default == {}
 
     async def test_levels_of_no_amount_never_appear(
         self, exchange: CryptocomExchange, server: CryptoComServer

@@ -1,0 +1,258 @@
+"""The sandbox and the service as processes of their own, as a user runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import websockets
+
+from domain.clock import MarketClock
+
+SECRET: Final = "a-secret-of-the-tests-with-32-bytes-or-more"
+START_TIMEOUT_S: Final = 60.0
+STOP_TIMEOUT_S: Final = 20.0
+
+
+def market_clock(market_ms: int, speed: float) -> MarketClock:
+    """A market clock that stands at ``market_ms`` now and runs ``speed`` times as fast."""
+    return MarketClock(origin=time.time_ns() // 1_000_000, market=market_ms, speed=speed)
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    """The environment without any setting of the service but ``settings``."""
+    kept = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
+    return {name: os.environ[name] for name in kept if name in os.environ} | settings
+
+
+@asynccontextmanager
+async def program(
+    module: str,
+    *arguments: str,
+    environment: Mapping[str, str],
+    folder: Path,
+    ready: str = " on http",
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A module run as a process in ``folder``; yields it and the line that said it is ready."""
+    errors = (folder / f"{module}-{time.monotonic_ns()}.log").open("wb")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        module,
+        *arguments,
+        env=dict(environment),
+        cwd=folder,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=errors,
+    )
+    try:
+        line = await line_with(process, ready)
+        yield process, line
+    finally:
+        await stop(process)
+        errors.close()
+
+
+async def line_with(process: asyncio.subprocess.Process, text: str) -> str:
+    """The next line of standard output that holds ``text``."""
+    assert process.stdout is not None
+    async with asyncio.timeout(START_TIMEOUT_S):
+        while raw := await process.stdout.readline():
+            if text in (line := raw.decode()):
+                return line.strip()
+    raise AssertionError(f"the program ended with {process.returncode} before it said {text!r}")
+
+
+async def stop(process: asyncio.subprocess.Process, number: int = signal.SIGTERM) -> int:
+    """Stop a process and wait for its end; its exit code."""
+    if process.returncode is None:
+        process.send_signal(number)
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            raise AssertionError(f"the program did not end after signal {number}") from None
+    assert process.returncode is not None
+    return process.returncode
+
+
+@dataclass
+class Stack:
+    """A sandbox, and a service on it that can be killed and started again."""
+
+    folder: Path
+    clock: MarketClock
+    sandbox_url: str
+    settings: dict[str, str]
+    service: asyncio.subprocess.Process | None = None
+    url: str = ""
+    _log: int = field(default=0)
+
+    async def start_service(self) -> None:
+        self._log += 1
+        with (self.folder / f"service-{self._log}.log").open("wb") as errors:
+            self.service = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "cli",
+                "serve",
+                env=clean_environment(**self.settings),
+                cwd=self.folder,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+            )
+        self.url = (await line_with(self.service, " on http")).rsplit(" ", 1)[-1]
+
+    async def kill_service(self) -> None:
+        assert self.service is not None
+        self.service.kill()
+        await self.service.wait()
+
+    async def stop_service(self) -> int:
+        assert self.service is not None
+        return await stop(self.service)
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("service-*.log")))
+
+    @property
+    def storage_root(self) -> Path:
+        return self.folder / "data"
+
+    def documents(self, coin_folder: str) -> list[dict[str, Any]]:
+        """Every document of a coin, by name, read from disk and not through the service."""
+        folder = self.storage_root / "raw_data" / "crypto.com" / coin_folder
+        return [json.loads(path.read_bytes()) for path in sorted(folder.rglob("*.json"))]
+
+    async def token(self, scope: str = "data:read data:write") -> str:
+        """A token made by the command line."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "cli", "token", "--subject", "tester", "--scope", scope,
+            env=clean_environment(**self.settings),
+            cwd=self.folder,
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        async with asyncio.timeout(START_TIMEOUT_S):
+            output, _ = await process.communicate()
+        assert process.returncode == 0
+        return output.decode().strip()
+
+    def http(self, token: str | None) -> httpx.AsyncClient:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=30)
+
+    def websocket(self, token: str) -> websockets.connect:
+        return websockets.connect(
+            self.url.replace("http", "ws", 1) + "/ws/data",
+            additional_headers={"Authorization": f"Bearer {token}"},
+        )
+
+    async def fault(self, *faults: dict[str, Any]) -> list[int]:
+        """Ask the sandbox for faults; their ids."""
+        async with httpx.AsyncClient(base_url=self.sandbox_url) as client:
+            answer = await client.post("/_control/faults", json=list(faults))
+            answer.raise_for_status()
+            return [fault["id"] for fault in answer.json()["faults"]]
+
+    async def hits(self) -> dict[int, int]:
+        """How much each fault has hit, by its id."""
+        async with httpx.AsyncClient(base_url=self.sandbox_url) as client:
+            answer = await client.get("/_control/faults")
+            return {fault["id"]: fault["hits"] for fault in answer.json()["faults"]}
+
+    async def clear_faults(self) -> None:
+        async with httpx.AsyncClient(base_url=self.sandbox_url) as client:
+            (await client.delete("/_control/faults")).raise_for_status()
+
+
+@asynccontextmanager
+async def stack(
+    folder: Path,
+    clock: MarketClock,
+    *,
+    sandbox_arguments: Sequence[str] = (),
+    **settings: str,
+) -> AsyncIterator[Stack]:
+    """A sandbox and a service on free ports, in a folder of their own; stopped at the end."""
+    environment = clean_environment(MARKET_CLOCK=clock.to_setting())
+    async with program(
+        "cli",
+        "sandbox",
+        "--port",
+        "0",
+        *sandbox_arguments,
+        environment=environment,
+        folder=folder,
+    ) as (_, line):
+        sandbox_url = line.rsplit(" ", 1)[-1]
+        running = Stack(
+            folder=folder,
+            clock=clock,
+            sandbox_url=sandbox_url,
+            settings={
+                "PORT": "0",
+                "AUTH_SECRET": SECRET,
+                "STORAGE_ROOT": str(folder / "data"),
+                "STATE_DIR": str(folder / "data"),
+                "EXCHANGES": "crypto.com",
+                "EXCHANGE_ENDPOINTS": json.dumps({"crypto.com": sandbox_url}),
+                "MARKET_CLOCK": clock.to_setting(),
+                **settings,
+            },
+        )
+        await running.start_service()
+        try:
+            yield running
+        finally:
+            await running.stop_service()
+
+
+class Feed:
+    """A WebSocket client that reads messages by what they are."""
+
+    def __init__(self, socket: websockets.ClientConnection, *, patience_s: float = 40.0) -> None:
+        self._socket = socket
+        self._patience_s = patience_s
+        self.seen: list[dict[str, Any]] = []
+
+    async def send(self, **message: Any) -> None:
+        await self._socket.send(json.dumps(message))
+
+    async def next(self, *kinds: str) -> dict[str, Any]:
+        """The next message of one of these types; others are kept in ``seen`` and passed over."""
+        async with asyncio.timeout(self._patience_s):
+            while True:
+                message: dict[str, Any] = json.loads(await self._socket.recv())
+                self.seen.append(message)
+                if message["type"] in kinds:
+                    return message
+
+    async def next_closed(self) -> dict[str, Any]:
+        """The next closed candle's data, or the next gap message."""
+        while True:
+            message = await self.next("realtime_data", "gap")
+            if message["type"] == "gap":
+                return message
+            if message["data"]["closed"]:
+                data: dict[str, Any] = message["data"]
+                return data
+
+    async def next_forming(self) -> dict[str, Any]:
+        """The next forming candle's data."""
+        while True:
+            message = await self.next("realtime_data")
+            if not message["data"]["closed"]:
+                data: dict[str, Any] = message["data"]
+                return data
