@@ -11,8 +11,10 @@ All of it stays behind this module, because the library is young and pins nothin
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import warnings
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -20,7 +22,6 @@ from typing import Annotated, Any, Final
 
 import httpx
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
-from fastapi_mcp import FastApiMCP
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.types import TextContent
 from starlette.types import Receive, Scope, Send
@@ -28,6 +29,11 @@ from starlette.types import Receive, Scope, Send
 from api.middleware import MAX_BODY_BYTES
 from auth.interfaces import Principal
 from auth.module import get_current_user
+
+with warnings.catch_warnings():
+    # Its OAuth models, which are not used here, stand on a method that pydantic deprecates.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from fastapi_mcp import FastApiMCP
 
 MCP_PATH: Final = "/mcp"
 # Longer than the longest that a route takes, exchanges' time limits and retries included.
@@ -93,12 +99,25 @@ class McpEndpoint:
                 stateless=True,
                 max_request_body_size=MAX_BODY_BYTES,
             )
-            async with manager.run():
+            serving = asyncio.Event()
+            stopping = asyncio.Event()
+
+            async def run() -> None:
+                # A task of its own, because the SDK's task group must be left by the task that
+                # entered it, and not every lifespan is run by one task from beginning to end.
+                async with manager.run():
+                    serving.set()
+                    await stopping.wait()
+
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(run(), name="mcp")
+                await serving.wait()
                 self._manager = manager
                 try:
                     yield
                 finally:
                     self._manager = None
+                    stopping.set()
 
     async def _serve(self, _: Annotated[Principal, Depends(get_current_user)]) -> Response:
         if self._manager is None:

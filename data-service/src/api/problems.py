@@ -190,7 +190,8 @@ def _explain_one(error: Any, skip: int, takes: Sequence[str]) -> str:
             return "the body takes valid JSON"
         case _ as kind if kind == WRONG_VALUE:
             # These already read as a sentence; a field's name in front would say it twice.
-            return str(error["msg"]) if field in str(error["msg"]) else f"{field} {error['msg']}"
+            text = str(error["msg"])
+            return text if text.startswith(field) else f"{field} {text}"
         case _:
             text = str(error["msg"]).replace("Input should", "should").replace("String", "text")
             text = text[:1].lower() + text[1:]

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -225,27 +226,36 @@ class Feed:
     def __init__(self, socket: websockets.ClientConnection, *, patience_s: float = 40.0) -> None:
         self._socket = socket
         self._patience_s = patience_s
-        self.seen: list[dict[str, Any]] = []
+        self._passed_over: deque[dict[str, Any]] = deque()
 
     async def send(self, **message: Any) -> None:
         await self._socket.send(json.dumps(message))
 
     async def next(self, *kinds: str) -> dict[str, Any]:
-        """The next message of one of these types; others are kept in ``seen`` and passed over."""
+        """The next message of one of these types; others wait for whoever asks for them."""
+        for message in self._passed_over:
+            if message["type"] in kinds:
+                self._passed_over.remove(message)
+                return message
         async with asyncio.timeout(self._patience_s):
             while True:
-                message: dict[str, Any] = json.loads(await self._socket.recv())
-                self.seen.append(message)
-                if message["type"] in kinds:
-                    return message
+                arrived: dict[str, Any] = json.loads(await self._socket.recv())
+                if arrived["type"] in kinds:
+                    return arrived
+                self._passed_over.append(arrived)
 
-    async def next_closed(self) -> dict[str, Any]:
-        """The next closed candle's data, or the next gap message."""
+    async def next_told(self) -> dict[str, Any]:
+        """The next message of a closed candle, or of a gap."""
         while True:
             message = await self.next("realtime_data", "gap")
-            if message["type"] == "gap":
+            if message["type"] == "gap" or message["data"]["closed"]:
                 return message
-            if message["data"]["closed"]:
+
+    async def next_closed(self) -> dict[str, Any]:
+        """The next closed candle's data."""
+        while True:
+            message = await self.next_told()
+            if message["type"] == "realtime_data":
                 data: dict[str, Any] = message["data"]
                 return data
 

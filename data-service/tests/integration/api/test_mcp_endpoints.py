@@ -11,6 +11,7 @@ import httpx
 import pytest
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
+from structlog.testing import capture_logs
 
 from errors import CoinNotAvailable, DataServiceError, NoData, UnknownExchange
 from exchange_source.interfaces import (
@@ -142,8 +143,13 @@ class TestAddCoin:
         code: str,
     ) -> None:
         world.collection.fail_with = error
-        response = await client.post("/api/v1/coins", json={"coin": "BTC"})
+        with capture_logs() as logs:
+            response = await client.post("/api/v1/coins", json={"coin": "BTC"})
         assert response.status_code == status
+        # Failures of the service itself are logged as errors, once.
+        assert [line["code"] for line in logs if line["log_level"] == "error"] == (
+            [code] if status >= 500 else []
+        )
         body = problem(response)
         assert body["code"] == code
         assert (str(error) == body["detail"]) == (code != "internal")

@@ -63,7 +63,9 @@ def signed(payload: Any, *, secret: str = SECRET, header: Any = None) -> str:
         raw = value if isinstance(value, bytes) else json.dumps(value).encode()
         return base64.urlsafe_b64encode(raw).rstrip(b"=")
 
-    signing_input = part(header or {"alg": "HS256", "typ": "JWT"}) + b"." + part(payload)
+    signing_input = (
+        part({"alg": "HS256", "typ": "JWT"} if header is None else header) + b"." + part(payload)
+    )
     signature = hmac.new(secret.encode(), signing_input, hashlib.sha256).digest()
     return (signing_input + b"." + base64.urlsafe_b64encode(signature).rstrip(b"=")).decode()
 
@@ -260,7 +262,7 @@ class TestLogin:
     async def test_user_and_password_that_do_not_fit_are_refused_alike(
         self, auth: AuthenticationModuleImpl, user: str, password: str
     ) -> None:
-        with pytest.raises(Unauthorized, match="^user and password do not fit$"):
+        with pytest.raises(Unauthorized, match=r"^user and password do not fit$"):
             await auth.login(user, password)
 
     async def test_a_longer_password_with_the_same_beginning_is_refused(
@@ -281,7 +283,7 @@ class TestLogin:
 
     def test_what_is_no_bcrypt_hash_stops_the_start(self, clock: ManualClock) -> None:
         plain = settings(auth_users={"ada": "hunter2"})
-        with pytest.raises(ConfigurationError, match="AUTH_USERS: .*'ada'") as caught:
+        with pytest.raises(ConfigurationError, match=r"AUTH_USERS: .*'ada'") as caught:
             AuthenticationModuleImpl.from_settings(plain, clock)
         assert "hunter2" not in caught.value.message
 
