@@ -97,7 +97,7 @@ class MarketClock(IClock):
         return time.monotonic()
 
     async def sleep_until(self, market_ms: int) -> None:
-        while (wait := (market_ms - self.now_ms()) / self.speed / 1000) > 0:
+        while (wait := (market_ms - self.now_ms()) / self.speed / 1000) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(wait, _LONGEST_WAIT_S))
 
     async def sleep_real(self, seconds: float) -> None:

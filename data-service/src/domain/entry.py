@@ -129,7 +129,7 @@ class Entry:
                     volume=_number(document, "volume"),
                 ),
                 order_book=_order_book(document["order_book"]),
-                source=cast(Source, source),
+                source=cast("Source", source),
                 revision=_integer(document, "revision"),
             )
         except KeyError as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from errors import InvalidEntry
@@ -32,8 +33,8 @@ class OrderBook:
                     raise InvalidEntry(f"order book {self.timestamp} has a level {price}, {amount}")
         bids = [price for price, _ in self.bids]
         asks = [price for price, _ in self.asks]
-        if any(a <= b for a, b in zip(bids, bids[1:], strict=False)) or any(
-            a >= b for a, b in zip(asks, asks[1:], strict=False)
+        if any(better <= worse for better, worse in pairwise(bids)) or any(
+            better >= worse for better, worse in pairwise(asks)
         ):
             raise InvalidEntry(f"order book {self.timestamp} is not sorted by price")
         if bids and asks and bids[0] >= asks[0]:

@@ -55,10 +55,7 @@ def typical_price_vwap(candles: Sequence[Candle]) -> float | None:
 
 def volatility(candles: Sequence[Candle]) -> float | None:
     """Sample standard deviation of the logarithmic returns between closes, per period."""
-    returns = [
-        math.log(after.close / before.close)
-        for before, after in pairwise(candles)
-    ]
+    returns = [math.log(after.close / before.close) for before, after in pairwise(candles)]
     return stdev(returns) if len(returns) > 1 else None
 
 

@@ -60,7 +60,7 @@ def stored_rows(running: Stack, record: Record) -> dict[int, tuple[float, ...]]:
 async def until(what: Callable[[], Awaitable[bool]], *, within_s: float = 60.0) -> None:
     """Ask again until it is so; for what another process says only when it is asked."""
     async with asyncio.timeout(within_s):
-        while not await what():
+        while not await what():  # noqa: ASYNC110  the event is in another process
             await asyncio.sleep(0.1)
 
 
@@ -129,7 +129,7 @@ async def read_history(feed: Feed, record: Record, start: int, end: int) -> dict
             assert message["count"] == len(rows)
             return {"rows": rows, "gaps": message["gaps"], "chunks": index}
         assert message["index"] == index
-        assert list(message["columns"])[0] == "timestamp"
+        assert message["columns"][0] == "timestamp"
         assert len(message["rows"]) <= 1000
         for at, *values in message["rows"]:
             assert at not in rows

@@ -50,6 +50,19 @@ OPERATIONS = {
 }
 
 
+WRONG_BODIES: list[tuple[Any, str]] = [
+    ({}, "coin is missing"),
+    ({"coin": 7}, "coin should be a valid string"),
+    ({"coin": "   "}, "coin text should have at least 1 character"),
+    ({"coin": "B TC"}, "coin takes a name without spaces"),
+    ({"coin": "BTC", "interval": "7m"}, "interval '7m' does not exist; use one of"),
+    ({"coin": "BTC", "since": 1795338600.5}, "since takes integer milliseconds"),
+    ({"coin": "BTC", "since": 1795338600}, "looks like seconds"),
+    ({"coin": "BTC", "intervall": "5m"}, "intervall does not exist here"),
+    ([], "the body should be a valid dictionary"),
+]
+
+
 @pytest.fixture
 def world() -> World:
     return make_world()
@@ -162,28 +175,15 @@ class TestAddCoin:
         response = await client.post("/api/v1/coins", json={"coin": "BTC"})
         assert response.headers["retry-after"] == "8"
 
-    @pytest.mark.parametrize(
-        ("body", "told"),
-        [
-            ({}, "coin is missing"),
-            ({"coin": 7}, "coin should be a valid string"),
-            ({"coin": "   "}, "coin text should have at least 1 character"),
-            ({"coin": "B TC"}, "coin takes a name without spaces"),
-            ({"coin": "BTC", "interval": "7m"}, "interval '7m' does not exist; use one of"),
-            ({"coin": "BTC", "since": 1795338600.5}, "since takes integer milliseconds"),
-            ({"coin": "BTC", "since": 1795338600}, "looks like seconds"),
-            ({"coin": "BTC", "intervall": "5m"}, "intervall does not exist here"),
-            ([], "the body should be a valid dictionary"),
-        ],
-    )
     async def test_a_wrong_field_is_named_with_what_is_right(
-        self, client: httpx.AsyncClient, body: Any, told: str
+        self, client: httpx.AsyncClient
     ) -> None:
-        response = await client.post("/api/v1/coins", json=body)
-        assert response.status_code == 422
-        answer = problem(response)
-        assert answer["code"] == "invalid_request"
-        assert told in answer["detail"]
+        for body, told in WRONG_BODIES:
+            response = await client.post("/api/v1/coins", json=body)
+            assert response.status_code == 422
+            answer = problem(response)
+            assert answer["code"] == "invalid_request"
+            assert told in answer["detail"]
 
     @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
     async def test_a_body_that_is_no_json_is_invalid(
@@ -445,16 +445,14 @@ class TestTools:
             assert f'"code":"{code}"' in result.content[0].text  # type: ignore[union-attr]
         assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
-    @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-    @pytest.mark.parametrize("headers", [{}, bearer("nonsense")])
-    async def test_without_a_valid_token_there_is_no_session(
-        self, server: Server, method: str, headers: dict[str, str]
-    ) -> None:
+    async def test_without_a_valid_token_there_is_no_session(self, server: Server) -> None:
         async with httpx.AsyncClient(trust_env=False) as http:
-            response = await http.request(method, f"{server.url}/mcp", headers=headers)
-        assert response.status_code == 401
-        assert response.headers["www-authenticate"] == "Bearer"
-        assert problem(response)["code"] == "unauthorized"
+            for method in ("GET", "POST", "DELETE"):
+                for headers in ({}, bearer("nonsense")):
+                    response = await http.request(method, f"{server.url}/mcp", headers=headers)
+                    assert response.status_code == 401
+                    assert response.headers["www-authenticate"] == "Bearer"
+                    assert problem(response)["code"] == "unauthorized"
 
     async def test_there_is_no_stream_to_open(self, server: Server) -> None:
         async with httpx.AsyncClient(trust_env=False) as http:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
@@ -39,6 +40,46 @@ from tests.support.api import (
 )
 
 COLUMNS = ["timestamp", "open", "high", "low", "close", "volume"]
+
+
+INVALID: list[tuple[str | bytes, str, str]] = [
+    ("{", "invalid_message", "no JSON"),
+    ("[]", "invalid_message", "JSON object"),
+    ("{}", "invalid_message", "type takes one of subscribe_realtime"),
+    ('{"type": "subscribe"}', "invalid_message", "type takes one of"),
+    ('{"type": ["ping"]}', "invalid_message", "type takes one of"),
+    (b'{"type": "ping"}', "invalid_message", "text"),
+    ('{"type": "ping", "foo": 1}', "invalid_message", "foo does not exist here; use"),
+    ('{"type": "subscribe_realtime"}', "invalid_message", "coin is missing"),
+    ('{"type": "request_current", "coin": 7}', "invalid_message", "coin should be"),
+    ('{"type": "cancel"}', "invalid_message", "request_id is missing"),
+    (
+        '{"type": "ping", "request_id": "' + "x" * 65 + '"}',
+        "invalid_message",
+        "request_id text should have at most 64 characters",
+    ),
+    (
+        '{"type": "subscribe_realtime", "coin": "BTC", "interval": "7m"}',
+        "invalid_request",
+        "interval '7m' does not exist",
+    ),
+    (
+        '{"type": "subscribe_realtime", "coin": "BTC", "channel": "trades"}',
+        "invalid_request",
+        "channel takes candles",
+    ),
+    (
+        '{"type": "request_historical", "coin": "BTC", "start": 5, "end": 5}',
+        "invalid_request",
+        "end takes a time after start",
+    ),
+    (
+        '{"type": "request_historical", "coin": "BTC", "start": 5, "end": "soon"}',
+        "invalid_request",
+        "end takes integer milliseconds",
+    ),
+    ("[" * 5000, "invalid_message", "no JSON"),
+]
 
 
 @pytest.fixture
@@ -83,9 +124,8 @@ class TestHandshake:
             await say(client, "ping")
             assert await hear(client) == {"type": "pong"}
 
-    @pytest.mark.parametrize(
-        "options",
-        [
+    async def test_without_a_valid_token_the_handshake_is_refused(self, server: Server) -> None:
+        refusals: list[dict[str, Any]] = [
             {},
             {"additional_headers": {"Authorization": "Bearer nonsense"}},
             {"additional_headers": {"Authorization": f"Basic {make_token()}"}},
@@ -93,18 +133,15 @@ class TestHandshake:
             {"subprotocols": ["cb-trade.v1", "bearer.nonsense"]},
             {"subprotocols": [f"bearer.{make_token()}"]},
             {"subprotocols": ["cb-trade.v1", "bearer.a", f"bearer.{make_token()}"]},
-        ],
-    )
-    async def test_without_a_valid_token_the_handshake_is_refused(
-        self, server: Server, options: dict[str, Any]
-    ) -> None:
-        with pytest.raises(InvalidStatus) as refused:
-            await connect(f"ws://{server.host}/ws/data", proxy=None, **options)
-        response = refused.value.response
-        assert response.status_code == 401
-        assert response.headers["www-authenticate"] == "Bearer"
-        assert response.headers["content-type"] == "application/problem+json"
-        assert json.loads(response.body or b"")["code"] == "unauthorized"
+        ]
+        for options in refusals:
+            with pytest.raises(InvalidStatus) as refused:
+                await connect(f"ws://{server.host}/ws/data", proxy=None, **options)
+            response = refused.value.response
+            assert response.status_code == 401, options
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert response.headers["content-type"] == "application/problem+json"
+            assert json.loads(response.body or b"")["code"] == "unauthorized"
 
     async def test_a_token_in_the_address_is_not_taken(self, server: Server) -> None:
         with pytest.raises(InvalidStatus):
@@ -138,16 +175,13 @@ class TestSubscribe:
         self, server: Server, world: World
     ) -> None:
         corrected = make_entry(START, close=101.5, revision=2, book=True)
+        missing = TimeRange(START + FIVE_MINUTES, START + 2 * FIVE_MINUTES)
         async with server.websocket() as client:
             subscription_id, subscription = await subscribe(client, world)
             subscription.push(
                 forming(START),
                 closed(START, book=True),
-                GapTold(
-                    Gap(
-                        TimeRange(START + FIVE_MINUTES, START + 2 * FIVE_MINUTES), GapReason.PENDING
-                    )
-                ),
+                GapTold(Gap(missing, GapReason.PENDING)),
                 closed(START, close=101.5, revision=2, book=True),
                 closed(START + FIVE_MINUTES, late=True),
             )
@@ -247,24 +281,23 @@ class TestSubscribe:
         assert "data:write" in error["message"]
         assert world.collection.targets == {}
 
-    @pytest.mark.parametrize(
-        ("failure", "code"),
-        [
+    @pytest.mark.parametrize("where", ["fail_with", "stream_fails_with"])
+    async def test_a_failure_is_told_and_the_connection_stays(
+        self, server: Server, world: World, where: str
+    ) -> None:
+        failures = [
             (CoinNotAvailable("DOGE is not listed"), "coin_not_available"),
             (ExchangeUnavailable("crypto.com is away"), "exchange_unavailable"),
             (RuntimeError("the password is hunter2"), "internal"),
-        ],
-    )
-    @pytest.mark.parametrize("where", ["fail_with", "stream_fails_with"])
-    async def test_a_failure_is_told_and_the_connection_stays(
-        self, server: Server, world: World, where: str, failure: Exception, code: str
-    ) -> None:
-        setattr(world.collection, where, failure)
+        ]
         async with server.websocket() as client:
-            await say(client, "subscribe_realtime", coin="BTC", request_id="r1")
-            error = await hear(client)
-            assert (error["type"], error["request_id"], error["code"]) == ("error", "r1", code)
-            assert "hunter2" not in error["message"]
+            for failure, code in failures:
+                setattr(world.collection, where, failure)
+                with capture_logs():
+                    await say(client, "subscribe_realtime", coin="BTC", request_id="r1")
+                    error = await hear(client)
+                assert (error["type"], error["request_id"], error["code"]) == ("error", "r1", code)
+                assert "hunter2" not in error["message"]
             await say(client, "ping")
             assert (await hear(client))["type"] == "pong"
 
@@ -448,57 +481,17 @@ class TestRequestCurrent:
 
 
 class TestInvalidMessages:
-    @pytest.mark.parametrize(
-        ("sent", "code", "told"),
-        [
-            ("{", "invalid_message", "no JSON"),
-            ("[]", "invalid_message", "JSON object"),
-            ("{}", "invalid_message", "type takes one of subscribe_realtime"),
-            ('{"type": "subscribe"}', "invalid_message", "type takes one of"),
-            ('{"type": ["ping"]}', "invalid_message", "type takes one of"),
-            (b'{"type": "ping"}', "invalid_message", "text"),
-            ('{"type": "ping", "foo": 1}', "invalid_message", "foo does not exist here; use"),
-            ('{"type": "subscribe_realtime"}', "invalid_message", "coin is missing"),
-            ('{"type": "request_current", "coin": 7}', "invalid_message", "coin should be"),
-            ('{"type": "cancel"}', "invalid_message", "request_id is missing"),
-            (
-                '{"type": "ping", "request_id": "' + "x" * 65 + '"}',
-                "invalid_message",
-                "request_id text should have at most 64 characters",
-            ),
-            (
-                '{"type": "subscribe_realtime", "coin": "BTC", "interval": "7m"}',
-                "invalid_request",
-                "interval '7m' does not exist",
-            ),
-            (
-                '{"type": "subscribe_realtime", "coin": "BTC", "channel": "trades"}',
-                "invalid_request",
-                "channel takes candles",
-            ),
-            (
-                '{"type": "request_historical", "coin": "BTC", "start": 5, "end": 5}',
-                "invalid_request",
-                "end takes a time after start",
-            ),
-            (
-                '{"type": "request_historical", "coin": "BTC", "start": 5, "end": "soon"}',
-                "invalid_request",
-                "end takes integer milliseconds",
-            ),
-            ("[" * 5000, "invalid_message", "no JSON"),
-        ],
-    )
     async def test_an_invalid_message_is_told_and_the_connection_stays(
-        self, server: Server, sent: str | bytes, code: str, told: str
+        self, server: Server
     ) -> None:
         async with server.websocket() as client:
-            await client.send(sent)
-            error = await hear(client)
-            assert (error["type"], error["request_id"], error["code"]) == ("error", None, code)
-            assert told in error["message"]
-            await say(client, "ping")
-            assert await hear(client) == {"type": "pong"}
+            for sent, code, told in INVALID:
+                await client.send(sent)
+                error = await hear(client)
+                assert (error["type"], error["request_id"], error["code"]) == ("error", None, code)
+                assert told in error["message"]
+                await say(client, "ping")
+                assert await hear(client) == {"type": "pong"}
 
     async def test_an_invalid_message_is_answered_by_its_request_id(self, server: Server) -> None:
         async with server.websocket() as client:
