@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import uvicorn
+from fastapi import FastAPI
+from starlette.types import Message, Receive, Scope, Send
 
 from config import Settings, load_settings
 from errors import DataServiceError
@@ -73,7 +75,7 @@ def _serve(_: argparse.Namespace) -> int:
     configure_logging(settings.log_level, settings.log_format)
     server = _Server(
         uvicorn.Config(
-            create_app(settings),
+            _OneLineFailures(create_app(settings)),
             host=settings.host,
             port=settings.port,
             log_config=None,
@@ -105,6 +107,22 @@ def _listen(settings: Settings) -> socket.socket:
             f"({exc.strerror}); set PORT to a free one, 0 takes any"
         ) from exc
     return listener
+
+
+class _OneLineFailures:
+    """Tells why the application did not start in one line; a traceback says no more."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                why = getattr(self._app.state, "why_not_started", None)
+                message = {**message, "message": why or message.get("message", "")}
+            await send(message)
+
+        await self._app(scope, receive, tell if scope["type"] == "lifespan" else send)
 
 
 class _Server(uvicorn.Server):

@@ -19,9 +19,6 @@ from collection.hub import Hub
 from collection.manager import DataCollectionManagerImpl
 from collection.processor import RealTimeProcessor
 from config import Settings
-from domain.entry import Entry
-from domain.series import Series
-from domain.time_range import TimeRange
 from errors import ConfigurationError, DataServiceError
 from exchange_source.microkernel import DataSourceConnectorImpl
 from historical.current_fetcher import CurrentDataFetcher
@@ -76,76 +73,79 @@ def create_app(settings: Settings) -> FastAPI:
 def _lifespan(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        clock = settings.market_clock
-        rng = random.Random()  # noqa: S311  jitter is no secret
         async with AsyncExitStack() as stack:
-            raw_storage = create_storage(settings)
-            stack.push_async_callback(raw_storage.close)
-            storage = StorageManagerImpl(raw_storage)
-            targets = TargetManager.from_settings(settings, clock)
-            await targets.open()
-            connector = DataSourceConnectorImpl.from_settings(settings, clock)
-            stack.push_async_callback(connector.close)
-
-            async def read_entries(series: Series, wanted: TimeRange) -> list[Entry]:
-                return await storage.get_raw_data_range(
-                    series.exchange,
-                    series.coin,
-                    wanted.start,
-                    wanted.end,
-                    interval=series.interval.name,
-                )
-
-            hub = Hub(clock, read_entries)
-            reconciler = Reconciler(
-                {name: connector.get_client(name) for name in connector.exchange_names},
-                storage,
-                clock,
-                rng=rng,
-            )
-            reconciler.listen(hub.advance)
-            collection = DataCollectionManagerImpl(
-                connector=connector,
-                collection=CoinCollectionList(targets),
-                storage=storage,
-                reconciler=reconciler,
-                processor=RealTimeProcessor(storage, hub, clock),
-                hub=hub,
-                clock=clock,
-                preferences=settings.exchange_preferences,
-                backfill_days=settings.backfill_days,
-                rng=rng,
-            )
-            history = HistoricalDataManagerImpl(
-                directory=collection,
-                fetcher=HistoricalFetcher(storage, reconciler, clock),
-                current=CurrentDataFetcher(storage),
-                reconciler=reconciler,
-                forming=hub.forming,
-                clock=clock,
-            )
-            health = Health(storage)
-            auth = AuthenticationModuleImpl.from_settings(settings, clock)
-            app.state.auth = auth
-            app.state.services = Services(
-                settings=settings,
-                clock=clock,
-                auth=auth,
-                collection=collection,
-                history=history,
-                health=health,
-            )
-            # Stopped in the reverse order: intake, then settling; clients are gone by then.
-            await stack.enter_async_context(_running(reconciler.run(), "settling", health))
-            await stack.enter_async_context(_running(collection.run(), "collection", health))
-            await collection.resume()
-            health.phase = "running"
+            try:
+                health = await stack.enter_async_context(_assembled(settings, app))
+            except DataServiceError as exc:
+                app.state.why_not_started = exc.message
+                raise
             try:
                 yield
             finally:
                 health.phase = "stopping"
 
     return lifespan
+
+
+@asynccontextmanager
+async def _assembled(settings: Settings, app: FastAPI) -> AsyncIterator[Health]:
+    clock = settings.market_clock
+    rng = random.Random()  # noqa: S311  jitter is no secret
+    async with AsyncExitStack() as stack:
+        raw_storage = create_storage(settings)
+        stack.push_async_callback(raw_storage.close)
+        storage = StorageManagerImpl(raw_storage)
+        targets = TargetManager.from_settings(settings, clock)
+        stack.push_async_callback(targets.close)
+        await targets.open()
+        connector = DataSourceConnectorImpl.from_settings(settings, clock)
+        stack.push_async_callback(connector.close)
+
+        hub = Hub(clock, storage)
+        reconciler = Reconciler(
+            {name: connector.get_client(name) for name in connector.exchange_names},
+            storage,
+            clock,
+            rng=rng,
+        )
+        reconciler.listen(hub.advance)
+        collection = DataCollectionManagerImpl(
+            connector=connector,
+            collection=CoinCollectionList(targets),
+            storage=storage,
+            reconciler=reconciler,
+            processor=RealTimeProcessor(storage, hub, clock),
+            hub=hub,
+            clock=clock,
+            preferences=settings.exchange_preferences,
+            backfill_days=settings.backfill_days,
+            rng=rng,
+        )
+        history = HistoricalDataManagerImpl(
+            directory=collection,
+            fetcher=HistoricalFetcher(storage, reconciler, clock),
+            current=CurrentDataFetcher(storage),
+            reconciler=reconciler,
+            forming=hub.forming,
+            clock=clock,
+        )
+        health = Health(storage)
+        auth = AuthenticationModuleImpl.from_settings(settings, clock)
+        app.state.auth = auth
+        app.state.services = Services(
+            settings=settings,
+            clock=clock,
+            auth=auth,
+            collection=collection,
+            history=history,
+            health=health,
+        )
+        # Stopped in the reverse order: intake, then settling; clients are gone by then.
+        await stack.enter_async_context(_running(reconciler.run(), "settling", health))
+        await stack.enter_async_context(_running(collection.run(), "collection", health))
+        await collection.resume()
+        health.phase = "running"
+        yield health
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,15 +35,13 @@ from domain.gap import Gap, GapReason
 from domain.series import Series
 from domain.time_range import TimeRange
 from reconciliation.interfaces import ISeriesView
-from storage.interfaces import Change, Stored
+from storage.interfaces import Change, IStorageManager, Stored
 
 # How long (market ms) an unsettled period may hold back those after it.
 ORDER_PATIENCE_MS: Final = 60_000
 QUEUE_BOUND: Final = 2_000
 # Told gaps older than the newest of these are not announced again when they are filled.
 TOLD_GAPS_BOUND: Final = 20_000
-
-ReadEntries = Callable[[Series, TimeRange], Awaitable[Sequence[Entry]]]
 
 
 class Subscription:
@@ -157,10 +155,10 @@ class Hub:
     enough."""
 
     def __init__(
-        self, clock: IClock, read_entries: ReadEntries, *, queue_bound: int = QUEUE_BOUND
+        self, clock: IClock, storage: IStorageManager, *, queue_bound: int = QUEUE_BOUND
     ) -> None:
         self._clock = clock
-        self._read_entries = read_entries
+        self._storage = storage
         self._queue_bound = queue_bound
         self._topics: dict[Series, _Topic] = {}
 
@@ -285,7 +283,14 @@ class Hub:
             if any(period not in topic.fresh for period in range(run.start, run.end, topic.step))
         ]
         for run in unread:
-            for entry in await self._read_entries(topic.series, run):
+            entries = await self._storage.get_raw_data_range(
+                topic.series.exchange,
+                topic.series.coin,
+                run.start,
+                run.end,
+                interval=topic.series.interval.name,
+            )
+            for entry in entries:
                 topic.fresh.setdefault(entry.timestamp, entry)
 
     def _tell_proven_late(self, topic: _Topic) -> None:

@@ -12,9 +12,6 @@ from collection.hub import Hub
 from collection.manager import DataCollectionManagerImpl
 from collection.processor import RealTimeProcessor
 from domain.candle import CandleUpdate
-from domain.entry import Entry
-from domain.series import Series
-from domain.time_range import TimeRange
 from exchange_source.microkernel import DataSourceConnectorImpl, PluginRegistry
 from reconciliation.reconciler import Reconciler
 from storage.manager import StorageManagerImpl
@@ -55,7 +52,7 @@ class Collecting:
         for exchange in self.exchanges.values():
             registry.add(exchange)
         self.storage = StorageManagerImpl(self.raw)
-        self.hub = Hub(self.clock, self._read)
+        self.hub = Hub(self.clock, self.storage)
         self.processor = RealTimeProcessor(self.storage, self.hub, self.clock)
         self.reconciler = Reconciler(self.exchanges, self.storage, self.clock, rng=random.Random(3))
         self.reconciler.listen(self.hub.advance)
@@ -113,8 +110,3 @@ class Collecting:
         """The periods that a target added at the start should have by now."""
         start = T0 + 24 * HOUR - round(BACKFILL_DAYS * 24 * HOUR)
         return list(range(start, until or (self.clock.now_ms() // FIVE * FIVE), FIVE))
-
-    async def _read(self, series: Series, wanted: TimeRange) -> list[Entry]:
-        return await self.storage.get_raw_data_range(
-            series.exchange, series.coin, wanted.start, wanted.end, interval=series.interval.name
-        )

@@ -27,7 +27,7 @@ ALLOWED = {
 
 def imported(file: Path) -> set[str]:
     """The top-level names of ours that a file imports, wherever in it."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name.split(".")[0] for alias in node.names)

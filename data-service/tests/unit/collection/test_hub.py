@@ -18,7 +18,6 @@ from collection.interfaces import (
 )
 from domain.entry import Entry
 from domain.gap import Gap, GapReason
-from domain.series import Series
 from domain.time_range import TimeRange
 from exchange_source.interfaces import Priority
 from reconciliation.series_state import SeriesState
@@ -40,14 +39,9 @@ class World:
         self.exchange.put("BTC/USD", "5m", candles(T0 - HOUR, 100))
         self.storage = StorageManagerImpl(InMemoryStorage())
         self.state = SeriesState(BTC_5M, "BTC/USD", self.storage, self.clock)
-        self.hub = Hub(self.clock, self.read, queue_bound=queue_bound)
+        self.hub = Hub(self.clock, self.storage, queue_bound=queue_bound)
         self.hub.open(self.state, next_open)
         self.state.use_sink(self.sink)
-
-    async def read(self, series: Series, wanted: TimeRange) -> list[Entry]:
-        return await self.storage.get_raw_data_range(
-            series.exchange, series.coin, wanted.start, wanted.end
-        )
 
     async def sink(self, entries: Sequence[Entry]) -> list[Stored]:
         stored = await self.storage.store_batch(entries)

@@ -8,9 +8,7 @@ from collection.hub import Hub
 from collection.interfaces import ClosedCandle, FormingCandle, StatusTold, StreamEvent
 from collection.processor import RealTimeProcessor
 from domain.candle import CandleUpdate
-from domain.entry import Entry
 from domain.series import Series
-from domain.time_range import TimeRange
 from reconciliation.series_state import SeriesState
 from storage.interfaces import StorageUnavailable
 from storage.manager import StorageManagerImpl
@@ -24,16 +22,13 @@ class World:
         self.clock = ManualClock(T0 + FIVE + 10_000)
         self.raw = InMemoryStorage()
         self.storage = StorageManagerImpl(self.raw)
-        self.hub = Hub(self.clock, self.nothing_to_read)
+        self.hub = Hub(self.clock, self.storage)
         self.state = SeriesState(BTC_5M, "BTC/USD", self.storage, self.clock)
         self.hub.open(self.state, T0)
         self.processor = RealTimeProcessor(self.storage, self.hub, self.clock)
         self.subscription = self.hub.subscribe(BTC_5M)
         self.woken: list[int] = []
         self.processor.route(BTC_5M, "BTC/USD", self.woken.append)
-
-    async def nothing_to_read(self, series: Series, wanted: TimeRange) -> list[Entry]:
-        return []
 
 
 def update(timestamp: int) -> CandleUpdate:
