@@ -24,6 +24,7 @@ from collection.interfaces import (
     StatusTold,
     StreamEvent,
     SubscriptionStarted,
+    TargetState,
     TargetStatus,
 )
 from collection.keeper import SeriesKeeper
@@ -175,7 +176,10 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                 raise InvalidRequest(
                     f"{problem} {coin}; name exchange and interval of one of: {have or 'none'}"
                 )
-            kept = self._kept[found[0].series]
+            kept = self._kept.get(found[0].series)
+            if kept is None:
+                await self._collection.remove(found[0])
+                return self._status(found[0])
             kept.keeper.removing = True
             status = kept.keeper.status()
             if self._hub.subscriber_count(kept.keeper.series) == 0:
@@ -202,11 +206,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         return Availability(coin, tuple(markets), tuple(unreachable))
 
     async def list_targets(self) -> list[TargetStatus]:
-        return [
-            self._kept[target.series].keeper.status()
-            for target in self._collection.all()
-            if target.series in self._kept
-        ]
+        return [self._status(target) for target in self._collection.all()]
 
     # -- what subscribers are told ----------------------------------------------------------
 
@@ -361,6 +361,12 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         if unreachable:
             message += f"; {', '.join(unreachable)} could not be asked"
         raise CoinNotAvailable(message)
+
+    def _status(self, target: Target) -> TargetStatus:
+        kept = self._kept.get(target.series)
+        if kept is None:  # its exchange is not enabled
+            return TargetStatus(target, TargetState.DEGRADED, None, None)
+        return kept.keeper.status()
 
     def _keeper(self, coin: str, exchange: str | None, interval: str) -> SeriesKeeper:
         Interval.parse(interval)

@@ -402,3 +402,16 @@ async def test_a_read_means_the_collected_series_then_the_stored_then_the_select
         await world.manager.remove_coin("BTC")
         stored = await world.manager.resolve("BTC", exchange=None, interval="5m")
         assert (stored.series.exchange, stored.since) == ("binance", None)
+
+
+async def test_a_target_of_a_disabled_exchange_is_listed_degraded_and_can_be_removed() -> None:
+    world = Collecting("crypto.com", "binance")
+    async with world.running():
+        await world.manager.add_coin("BTC", exchange="binance")
+    del world.exchanges["binance"]
+    world.assemble()
+    async with world.running():
+        (status,) = await world.manager.list_targets()
+        assert (status.state, status.last_entry) == (TargetState.DEGRADED, None)
+        await world.manager.remove_coin("BTC")
+        assert await world.targets.list_targets() == []
