@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Final
 from weakref import WeakValueDictionary
@@ -388,7 +389,12 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             clock=self._clock,
             rng=self._rng,
         )
-        task = asyncio.create_task(self._guard(keeper), name=f"keeper {target.target_id}")
+        task = asyncio.create_task(
+            self._guard(keeper),
+            name=f"keeper {target.target_id}",
+            # It outlives the request that added it, and its logs do not speak of that one.
+            context=Context(),
+        )
         self._kept[target.series] = _Kept(keeper, task)
         return keeper
 

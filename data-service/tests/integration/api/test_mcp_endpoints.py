@@ -286,7 +286,12 @@ class TestReading:
     ) -> None:
         entries = [make_entry(START + n * FIVE_MINUTES) for n in (0, 1, 3)]
         world.history.put(entries)
-        params = {"coin": "BTC", "start": START, "end": START + 4 * FIVE_MINUTES, "limit": 2}
+        params: dict[str, Any] = {
+            "coin": "BTC",
+            "start": START,
+            "end": START + 4 * FIVE_MINUTES,
+            "limit": 2,
+        }
         response = await client.get("/api/v1/history", params=params)
         assert response.status_code == 200
         assert response.json() == {
@@ -318,7 +323,7 @@ class TestReading:
     async def test_a_time_may_be_written_in_several_ways(
         self, client: httpx.AsyncClient, world: World, start: str
     ) -> None:
-        params = {"coin": "BTC", "start": start, "end": START + 1}
+        params: dict[str, Any] = {"coin": "BTC", "start": start, "end": START + 1}
         response = await client.get("/api/v1/history", params=params)
         assert response.status_code == 200
         assert world.history.called("get_historical_data")[0]["start"] == START
@@ -348,14 +353,14 @@ class TestReading:
     async def test_a_wrong_parameter_is_named_with_what_is_right(
         self, client: httpx.AsyncClient, changes: dict[str, Any], told: str
     ) -> None:
-        params = {"coin": "BTC", "start": START, "end": START + 1, **changes}
+        params: dict[str, Any] = {"coin": "BTC", "start": START, "end": START + 1, **changes}
         response = await client.get("/api/v1/history", params=params)
         assert response.status_code == 422
         assert told in problem(response)["detail"]
 
     async def test_a_range_is_summarized(self, client: httpx.AsyncClient, world: World) -> None:
         world.history.put([make_entry(START), make_entry(START + FIVE_MINUTES, close=110.0)])
-        params = {"coin": "BTC", "start": START, "end": START + 3 * FIVE_MINUTES}
+        params: dict[str, Any] = {"coin": "BTC", "start": START, "end": START + 3 * FIVE_MINUTES}
         body = (await client.get("/api/v1/summary", params=params)).json()
         assert body["count"] == 2
         assert body["last"]["close"] == 110.0

@@ -133,7 +133,7 @@ class TestRequests:
         assert request.exchange == "crypto.com"
 
     @pytest.mark.parametrize(
-        "coin", ["", " ", "B TC", "B\nTC", "BTC\u2028", "\u0000", "x" * 65, None, 7, ["BTC"]]
+        "coin", ["", " ", "B TC", "B\nTC", "B\u2028TC", "\u0000", "x" * 65, None, 7, ["BTC"]]
     )
     def test_a_coin_that_is_no_name_is_refused(self, coin: object) -> None:
         with pytest.raises(ValidationError):

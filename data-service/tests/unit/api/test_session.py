@@ -322,7 +322,7 @@ class TestAnswers:
             [subscription] = connection.collection.subscriptions
             connection.socket.say("unsubscribe_realtime", subscription_id=subscription_id)
             subscription.push(closed(), closed(START + 300_000))
-            messages = []
+            messages: list[dict[str, Any]] = []
             while not messages or messages[-1]["type"] != "unsubscribed":
                 messages.append(await connection.socket.hear())
             subscription.push(closed(START + 600_000))
