@@ -130,7 +130,9 @@ operations: Final = APIRouter(prefix="/api/v1", tags=["market data"])
     response_model=AddCoinResponse,
     responses={
         201: _ok({"status": "added", "target": {**_TARGET, "state": "starting"}}),
-        200: {"model": AddCoinResponse, "description": "It is being collected already"},
+        200: _ok(
+            {"status": "already_collecting", "target": _TARGET}, "It is being collected already"
+        ),
         **_problems(_NOT_FOUND, _UNAVAILABLE),
     },
 )
@@ -274,11 +276,11 @@ async def get_current_data(
             {
                 **_SERIES,
                 "start": 1795338600000,
-                "end": 1795339200000,
+                "end": 1795425000000,
                 "columns": _COLUMNS,
                 "rows": [_ROW],
                 "count": 1,
-                "next_start": None,
+                "next_start": 1795339200000,
                 "gaps": [_GAP],
                 "sources": {"storage": 1, "exchange": 0},
             }

@@ -145,10 +145,11 @@ class _Tools(FastApiMCP):  # type: ignore[misc]  # the library ships no types
 
     async def _execute_api_tool(self, *args: Any, **kwargs: Any) -> list[TextContent]:
         answers = await super()._execute_api_tool(*args, **kwargs)
-        return [
-            TextContent(type="text", text=json.dumps(json.loads(answer.text), ensure_ascii=False))
-            for answer in answers
-        ]
+        return [TextContent(type="text", text=_compact(answer.text)) for answer in answers]
+
+
+def _compact(text: str) -> str:
+    return json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
 
 
 def mount_mcp(app: FastAPI, operations: Sequence[str]) -> McpEndpoint:

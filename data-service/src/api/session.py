@@ -233,8 +233,9 @@ class Session:
         self._metrics.messages.labels(message["type"]).inc()
 
     async def _close(self, ending: _SessionOver) -> None:
-        if ending.code is None:
+        if ending.code is None or self._gone:
             return
+        self._gone = True
         log.info("session_closed", code=ending.code, reason=ending.reason)
         try:
             async with asyncio.timeout(self._limits.close_timeout_s):

@@ -35,13 +35,14 @@ BOTH = frozenset({"data:read", "data:write"})
 
 @dataclass
 class FakeWebSocket:
-    """A client in memory. While ``reading`` is cleared it takes nothing; ``vanish`` makes every
-    further send fail, as a lost connection does."""
+    """A client in memory. While ``reading`` is cleared it takes nothing. Once it is ``gone``,
+    sending fails as it does on a lost connection: politely once, then as a misuse."""
 
     inbox: asyncio.Queue[Message] = field(default_factory=asyncio.Queue)
     outbox: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     gone: bool = False
+    told_gone: bool = False
     close_code: int | None = None
 
     def __post_init__(self) -> None:
@@ -70,7 +71,10 @@ class FakeWebSocket:
         self.close_code = code
 
     async def _ready(self) -> None:
+        if self.told_gone:
+            raise RuntimeError("send after the connection was lost")
         if self.gone:
+            self.told_gone = True
             raise WebSocketDisconnect(1006)
         await self.reading.wait()
 
