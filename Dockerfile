@@ -1,0 +1,37 @@
+# cb-trade data service.
+# Build: docker build -t cb-trade-data-service .
+# Run:   docker run -p 8000:8000 -v cb-trade-data:/data -e AUTH_SECRET=... cb-trade-data-service
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+WORKDIR /build
+COPY requirements-bootstrap.lock requirements.lock ./
+RUN python -m venv /bootstrap \
+    && /bootstrap/bin/pip install --no-cache-dir --require-hashes -r requirements-bootstrap.lock \
+    && python -m venv --without-pip /app
+# Bytecode is compiled here: the file system of the running container may be read-only.
+RUN VIRTUAL_ENV=/app /bootstrap/bin/uv pip install --no-cache --require-hashes --compile-bytecode \
+    -r requirements.lock
+COPY data-service/src /app/src
+RUN /app/bin/python -m compileall -q /app/src
+
+FROM ${PYTHON_IMAGE}
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin service \
+    && install --directory --owner 10001 --group 10001 /data
+COPY --from=build /app /app
+ENV PATH=/app/bin:$PATH \
+    PYTHONPATH=/app/src \
+    PYTHONUNBUFFERED=1 \
+    HOST=0.0.0.0 \
+    PORT=8000 \
+    STORAGE_ROOT=/data \
+    STATE_DIR=/data \
+    LOG_FORMAT=json
+USER 10001
+WORKDIR /data
+VOLUME /data
+EXPOSE 8000
+HEALTHCHECK --interval=15s --timeout=5s --start-period=30s \
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/health/live', timeout=4)"]
+ENTRYPOINT ["python", "-m", "cli"]
+CMD ["serve"]

@@ -1,0 +1,112 @@
+"""Settings: what is right, and the one line that names what is wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from config import Settings, load_settings
+from domain.clock import MarketClock
+from errors import ConfigurationError
+
+EXAMPLE = Path(__file__).parents[3] / ".env.example"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_any_setting_it_is_a_local_service_on_loopback() -> None:
+    settings = load_settings()
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert (settings.storage_type, settings.storage_root) == ("local", "./data")
+    assert settings.targets_on == "local"
+    assert settings.targets_path == "data/targets_delta"
+    assert settings.market_clock == MarketClock()
+
+
+def test_settings_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXCHANGE_QUOTES", "eur, usd ,")
+    monkeypatch.setenv("EXCHANGE_PREFERENCES", '{"btc": ["Crypto.com"]}')
+    monkeypatch.setenv("EXCHANGE_ENDPOINTS", '{"Crypto.com": "http://127.0.0.1:9400"}')
+    monkeypatch.setenv("MARKET_CLOCK", '{"origin": 1, "market": 2, "speed": 60}')
+    monkeypatch.setenv("LOG_LEVEL", "warning")
+    settings = load_settings()
+    assert settings.exchange_quotes == ("EUR", "USD")
+    assert settings.exchange_preferences == {"BTC": ("crypto.com",)}
+    assert settings.exchange_endpoints == {"crypto.com": "http://127.0.0.1:9400"}
+    assert settings.market_clock == MarketClock(1, 2, 60)
+    assert settings.log_level == "WARNING"
+
+
+def test_a_file_is_read_and_the_environment_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("PORT=8001\nHOST=::1\n")
+    monkeypatch.setenv("PORT", "8002")
+    settings = load_settings()
+    assert (settings.host, settings.port) == ("::1", 8002)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "takes"),
+    [
+        ("PORT", "seventy", "integer"),
+        ("PORT", "70000", "65535"),
+        ("STORAGE_TYPE", "floppy", "'local'"),
+        ("STORAGE_ROOT", "", "at least 1"),
+        ("EXCHANGES", "kraken", "crypto.com"),
+        ("EXCHANGES", "", "crypto.com"),
+        ("EXCHANGES", "crypto.com,crypto.com", "each once"),
+        ("EXCHANGE_QUOTES", ",", "quote currencies"),
+        ("EXCHANGE_PREFERENCES", "[]", "a JSON object"),
+        ("EXCHANGE_PREFERENCES", '{"BTC": ["kraken"]}', "crypto.com"),
+        ("EXCHANGE_ENDPOINTS", "{", "a JSON object"),
+        ("EXCHANGE_ENDPOINTS", '{"crypto.com": "127.0.0.1"}', "http://127.0.0.1:9400"),
+        ("EXCHANGE_ENDPOINTS", '{"kraken": "http://127.0.0.1"}', "crypto.com"),
+        ("EXCHANGE_CREDENTIALS", "hunter2-is-secret", "a JSON object"),
+        ("EXCHANGE_CREDENTIALS", '{"kraken": {"secret": "hunter2-is-secret"}}', "crypto.com"),
+        ("BACKFILL_DAYS", "0", "greater than 0"),
+        ("AUTH_ALGORITHM", "none", "HS256"),
+        ("AUTH_SECRET", "hunter2-is-secret", "at least 32 bytes"),
+        ("AUTH_USERS", "hunter2-is-secret", "a JSON object"),
+        ("LOG_FORMAT", "xml", "'console' or 'json'"),
+        ("MARKET_CLOCK", "fast", "speed"),
+        ("MARKET_CLOCK", '{"origin": 0, "market": 0, "speed": 0}', "above 0"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it_and_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, takes: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as wrong:
+        load_settings()
+    assert name in wrong.value.message
+    assert takes in wrong.value.message
+    assert "\n" not in wrong.value.message
+    assert "hunter2" not in wrong.value.message
+
+
+def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTH_SECRET", "hunter2-" * 5)
+    monkeypatch.setenv("EXCHANGE_CREDENTIALS", '{"crypto.com": {"secret": "hunter2"}}')
+    assert "hunter2" not in repr(load_settings())
+
+
+def test_the_example_names_every_setting_and_can_be_used_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = EXAMPLE.read_text()
+    named = set(re.findall(r"^(?:# )?([A-Z_]+)=", text, re.MULTILINE))
+    assert named == {name.upper() for name in Settings.model_fields}
+    for name, value in re.findall(r"^([A-Z_]+)=(.*)$", text, re.MULTILINE):
+        monkeypatch.setenv(name, value)
+    from_example = load_settings()
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    assert from_example == load_settings()

@@ -1,0 +1,51 @@
+"""The files that set up an environment name one another rightly."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+def locked(name: str) -> dict[str, str]:
+    """The packages of a lock and their versions."""
+    return dict(
+        re.findall(r"^([a-z0-9][a-z0-9._-]*)==([^ ;\\]+)", (ROOT / name).read_text(), re.MULTILINE)
+    )
+
+
+def wanted() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [re.split(r"[\[<>=!~ ]", item)[0] for item in project["dependencies"]]
+
+
+def test_the_conda_environment_takes_python_and_the_lock() -> None:
+    text = (ROOT / "environment.yml").read_text()
+    assert re.search(r"^name: cb-trade$", text, re.MULTILINE)
+    assert re.search(r"^  - python=3\.11$", text, re.MULTILINE)
+    (lock,) = re.findall(r"-r (\S+)", text)
+    assert {"pandas", "numpy", "pytest", "deltalake"} <= set(locked(lock))
+
+
+def test_the_locks_hold_every_dependency_by_hash_and_agree() -> None:
+    runtime, development = locked("requirements.lock"), locked("requirements-dev.lock")
+    assert [name for name in wanted() if name not in runtime] == []
+    assert {
+        name: (version, development.get(name))
+        for name, version in runtime.items()
+        if development.get(name) != version
+    } == {}
+    for lock in ("requirements.lock", "requirements-dev.lock", "requirements-bootstrap.lock"):
+        text = (ROOT / lock).read_text()
+        assert "--hash=sha256:" in text
+        assert "http" not in re.sub(r"^[a-z0-9._-]+==.*$", "", text, flags=re.MULTILINE)
+
+
+def test_the_image_copies_what_exists() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE):
+        *sources, _ = line.split()
+        for source in sources:
+            assert (ROOT / source).exists(), source
