@@ -12,12 +12,12 @@ takes nothing at all for ``send_timeout_s`` is closed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Final, Protocol, assert_never, cast
+from typing import Any, Final, Protocol, assert_never
 
 import orjson
 import structlog
@@ -377,8 +377,7 @@ class Session:
         stream = self._collection.stream_realtime_data(
             coin, exchange=exchange, interval=message.interval, from_ms=message.from_
         )
-        # The contract asks for aclose, which the iterator's published type leaves out.
-        async with aclosing(cast("AsyncGenerator[StreamEvent, None]", stream)):
+        async with aclosing(stream):
             try:
                 started = await anext(stream)
             except CoinNotAvailable as exc:

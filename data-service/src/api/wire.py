@@ -14,10 +14,9 @@ from collection.interfaces import (
 )
 from domain.candle import Candle
 from domain.entry import SCHEMA, Entry
-from domain.gap import Gap
-from domain.interval import Interval
 from domain.series import Series
 from historical.interfaces import Coverage, CurrentData, History, Summary
+from historical.messages import candle_row, gap_out
 from models import HISTORY_COLUMNS
 
 CANDLES: Final = "candles"
@@ -95,15 +94,6 @@ def current_out(current: CurrentData) -> dict[str, Any]:
     return {"data": data, "age_ms": current.age_ms}
 
 
-def gap_out(gap: Gap, interval: Interval) -> dict[str, Any]:
-    return {
-        "start": gap.range.start,
-        "end": gap.range.end,
-        "count": gap.count(interval),
-        "reason": gap.reason.value,
-    }
-
-
 def history_out(history: History) -> dict[str, Any]:
     interval = history.series.interval
     return {
@@ -114,7 +104,7 @@ def history_out(history: History) -> dict[str, Any]:
         "start": history.range.start,
         "end": history.range.end,
         "columns": list(HISTORY_COLUMNS),
-        "rows": [_row(entry.candle) for entry in history.entries],
+        "rows": [candle_row(entry.candle) for entry in history.entries],
         "count": len(history.entries),
         "next_start": history.next_start,
         "gaps": [gap_out(gap, interval) for gap in history.gaps],
@@ -143,7 +133,7 @@ def summary_out(summary: Summary) -> dict[str, Any]:
         "volatility": summary.volatility,
         "max_drawdown_percent": summary.max_drawdown_percent,
         "columns": list(HISTORY_COLUMNS),
-        "rows": [_row(candle) for candle in summary.candles],
+        "rows": [candle_row(candle) for candle in summary.candles],
         "periods_per_row": summary.candle_periods,
         "gaps": [gap_out(gap, interval) for gap in summary.gaps],
     }
@@ -211,14 +201,3 @@ def status_message(event: StatusTold) -> dict[str, Any]:
         "state": event.state,
         "since": event.since,
     }
-
-
-def _row(candle: Candle) -> list[float]:
-    return [
-        candle.timestamp,
-        candle.open,
-        candle.high,
-        candle.low,
-        candle.close,
-        candle.volume,
-    ]

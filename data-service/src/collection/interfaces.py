@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -170,7 +170,7 @@ class IDataCollectionManager(ABC):
         exchange: str | None = None,
         interval: str = "5m",
         from_ms: int | None = None,
-    ) -> AsyncIterator[StreamEvent]:
+    ) -> AsyncGenerator[StreamEvent, None]:
         """The events of one subscriber to a collected coin, without end.
 
         The first is ``SubscriptionStarted``. Then each closed period exactly once and in order:

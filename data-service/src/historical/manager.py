@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from domain.candle import Candle
 from domain.clock import IClock
-from domain.entry import Entry
 from domain.gap import Gap
-from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
 from errors import InvalidRequest, NoData
@@ -25,15 +23,16 @@ from historical.interfaces import (
     ISeriesDirectory,
     Summary,
 )
+from historical.messages import candle_row, gap_out
 from historical.summary import (
     max_drawdown_percent,
     thinned,
     typical_price_vwap,
     volatility,
 )
+from models import HISTORY_COLUMNS
 from reconciliation.interfaces import IReconciler
 
-COLUMNS: Final = ("timestamp", "open", "high", "low", "close", "volume")
 SUMMARY_CANDLES: Final = 50
 SUMMARY_PAGE: Final = 5_000
 # A page of history asks the exchange for at most this many windows: a range without candles is
@@ -44,29 +43,6 @@ CURRENT_REACH: Final = 50
 
 FormingLookup = Callable[[Series], tuple[Candle, int] | None]
 """The forming candle of a series that is collected, and when (market ms) it came."""
-
-
-def as_row(entry: Entry) -> list[float]:
-    """A candle in the order of ``COLUMNS``."""
-    candle = entry.candle
-    return [
-        candle.timestamp,
-        candle.open,
-        candle.high,
-        candle.low,
-        candle.close,
-        candle.volume,
-    ]
-
-
-def as_gap(gap: Gap, interval: Interval) -> dict[str, Any]:
-    """A gap as it goes over the wire."""
-    return {
-        "start": gap.range.start,
-        "end": gap.range.end,
-        "count": gap.count(interval),
-        "reason": gap.reason.value,
-    }
 
 
 class HistoricalDataManagerImpl(IHistoricalDataManager):
@@ -156,8 +132,8 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
                     "coin": series.coin,
                     "market": resolved.market,
                     "interval": series.interval.name,
-                    "columns": COLUMNS,
-                    "rows": [as_row(entry) for entry in page.entries],
+                    "columns": HISTORY_COLUMNS,
+                    "rows": [candle_row(entry.candle) for entry in page.entries],
                 }
             )
             chunks += 1
@@ -172,7 +148,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
                 **answers,
                 "count": count,
                 "chunks": chunks,
-                "gaps": [as_gap(gap, series.interval) for gap in gaps],
+                "gaps": [gap_out(gap, series.interval) for gap in gaps],
                 "sources": {"storage": from_storage, "exchange": from_exchange},
             }
         )
