@@ -177,7 +177,6 @@ class SeriesKeeper:
             failures = 0
             self._backfilled = True
             await self._clock.sleep_until(self._clock.now_ms() + REPAIR_EVERY_MS)
-            self.view.forget_what_is_not_offered()
 
     async def _look_again(self) -> None:
         """Take the second looks that are owed: exchanges publish late and correct themselves."""

@@ -53,8 +53,9 @@ class HistoricalData:
             plugin's grace.
         empty: runs of closed periods of the range proven to be without a candle by rows on both
             sides of each run, none inside.
-        not_offered: the part of the range that is older than anything the exchange still gives,
-            proven by a request that began earlier and gave nothing older.
+        not_offered: what is older than anything the exchange still gives, from the start of the
+            range to the oldest candle, which may lie after the range's end; proven by a request
+            that began earlier and gave nothing older.
         exchange_time: the exchange's own time at the answer, market ms.
 
     What is in none of the three is open: not closed yet, or not proven.

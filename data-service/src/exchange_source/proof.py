@@ -159,4 +159,4 @@ class PageProof:
             reached = [pages for pages in _REACHES if self._back(pages) >= window.start]
             self._reach = max(self._reach, len(reached))
         elif not rows and window.end == oldest and window.start <= self._back(_REACHES[-1]):
-            self._not_offered = TimeRange(self._page.start, min(self._page.end, oldest))
+            self._not_offered = TimeRange(self._page.start, oldest)

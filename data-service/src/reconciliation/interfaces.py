@@ -97,10 +97,6 @@ class ISeriesView(ABC):
     def use_sink(self, sink: Sink | None) -> None:
         """Send settled entries to ``sink``; None sends them to storage alone."""
 
-    @abstractmethod
-    def forget_what_is_not_offered(self) -> None:
-        """Ask again for what the exchange did not offer when it was asked last."""
-
 
 class IReconciler(ABC):
     """Settles ranges of series, whoever asks."""

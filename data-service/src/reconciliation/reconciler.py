@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Mapping
+from typing import Final
 from weakref import WeakValueDictionary
 
 import structlog
@@ -18,6 +20,8 @@ from reconciliation.interfaces import IReconciler, SettledListener, SettleReport
 from reconciliation.series_state import SeriesState
 from reconciliation.worker import SettlingWorker
 from storage.interfaces import IStorageManager
+
+RECENT_STATES: Final = 256
 
 log = structlog.get_logger(__name__)
 
@@ -36,8 +40,10 @@ class Reconciler(IReconciler):
         self._storage = storage
         self._clock = clock
         self._listeners: list[SettledListener] = []
-        # Views of series that nobody uses go; those that are collected are held by their keepers.
+        # There is one state a series as long as anybody holds it: a keeper, a job, a request. What
+        # was learned for the latest requests is kept a while longer.
         self._states: WeakValueDictionary[Series, SeriesState] = WeakValueDictionary()
+        self._recent: deque[SeriesState] = deque(maxlen=RECENT_STATES)
         seeded = rng if rng is not None else random.Random()  # noqa: S311  jitter is no secret
         self._workers = {
             name: SettlingWorker(client, clock, on_settled=self._settled, rng=seeded)
@@ -53,6 +59,7 @@ class Reconciler(IReconciler):
         if state is None:
             state = SeriesState(series, market, self._storage, self._clock)
             self._states[series] = state
+            self._recent.append(state)
         return state
 
     async def settle(

@@ -30,6 +30,8 @@ LOOKS_MS: Final = (60_000, 300_000, 3_600_000)
 SECOND_PROOF_MS: Final = 60_000
 # Without a ledger, what lies this close to the newest entry is owed its last look.
 UNLEDGERED_LOOKS_MS: Final = 2 * 3_600_000
+# What the exchange did not offer is asked for again after this.
+ASK_OLDER_AGAIN_MS: Final = 3_600_000
 # An entry counts as settled live when it is settled this soon after its period's end.
 LIVE_WITHIN_MS: Final = 60_000
 
@@ -53,7 +55,8 @@ class SeriesState(ISeriesView):
         self._ledger_changed = False
         self._looks: dict[int, int] = {}
         self._postponed: dict[int, int] = {}
-        self._not_offered_before: int | None = None
+        self._oldest_offered = 0
+        self._oldest_learned_at = 0
         self._unreachable = False
         self._books: dict[int, OrderBook] = {}
         self._sink: Sink | None = None
@@ -129,8 +132,7 @@ class SeriesState(ISeriesView):
             work.remove(proven)
         for period in ledger.suspected:
             work.remove(TimeRange(period, period + self._step))
-        if self._not_offered_before is not None:
-            work.remove(TimeRange(0, self._not_offered_before))
+        work.remove(TimeRange(0, self._not_offered_before))
         for period in self._owed():
             if period in wanted and self._look_due_at(period) <= now:
                 work.add(TimeRange(period, period + self._step))
@@ -147,9 +149,6 @@ class SeriesState(ISeriesView):
 
     def use_sink(self, sink: Sink | None) -> None:
         self._sink = sink
-
-    def forget_what_is_not_offered(self) -> None:
-        self._not_offered_before = None
 
     def note_unreachable(self) -> None:
         """The exchange could not be asked; what is open stays open for that reason."""
@@ -179,11 +178,9 @@ class SeriesState(ISeriesView):
                 for period in self._periods(part):
                     self._note_empty(period, now)
         if answer.not_offered is not None:
-            self._not_offered_before = max(
-                self._not_offered_before or 0,
-                self._series.interval.floor(answer.not_offered.end),
-            )
-            self._give_up_on(asked, self._not_offered_before)
+            self._oldest_offered = self._series.interval.floor(answer.not_offered.end)
+            self._oldest_learned_at = now
+            self._give_up_on(asked, self._oldest_offered)
         for period in list(self._owed()):
             # Asked and not answered: the next answer may hold it, but not at once.
             if period in asked and self._look_due_at(period) <= now:
@@ -207,6 +204,12 @@ class SeriesState(ISeriesView):
     @property
     def _known(self) -> Ledger:
         return self._ledger if self._ledger is not None else Ledger()
+
+    @property
+    def _not_offered_before(self) -> int:
+        """What opens before this was not offered when it was asked for last, a while ago."""
+        fresh = self._clock.now_ms() - self._oldest_learned_at < ASK_OLDER_AGAIN_MS
+        return self._oldest_offered if fresh else 0
 
     @property
     def _ledger_path(self) -> str:
@@ -317,7 +320,7 @@ class SeriesState(ISeriesView):
         ledger = self._known
         if period in ledger.empty or period in ledger.suspected:
             return GapReason.NO_TRADES
-        if self._not_offered_before is not None and period < self._not_offered_before:
+        if period < self._not_offered_before:
             return GapReason.NOT_OFFERED
         return GapReason.UNREACHABLE if self._unreachable else GapReason.PENDING
 

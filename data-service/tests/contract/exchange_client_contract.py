@@ -123,7 +123,7 @@ class ExchangeClientContract:
         data = await self.history(world, 110, 95)
         assert data.not_offered == span(110, 100)
         assert data.candles == tuple(minutes(100, 96))
-        assert (await self.history(world, 200, 150)).not_offered == span(200, 150)
+        assert (await self.history(world, 200, 150)).not_offered == span(200, 100)
 
     async def test_without_any_row_everything_is_open(self, world: ExchangeWorld) -> None:
         data = await self.history(world, 20, 10)

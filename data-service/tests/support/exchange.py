@@ -184,7 +184,7 @@ class FakeExchange(IExchangeAPIClient):
             elif before and after and over:
                 empty.add(TimeRange(timestamp, timestamp + period.milliseconds))
         first = min(rows, default=offered_from)
-        not_offered = TimeRange(offered_from, min(first, max(end, offered_from)))
+        not_offered = TimeRange(offered_from, first)
         return HistoricalData(
             candles=tuple(candles),
             empty=tuple(empty),

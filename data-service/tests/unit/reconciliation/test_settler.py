@@ -201,6 +201,18 @@ async def test_what_the_exchange_does_not_offer_is_told_so_and_not_asked_on_and_
     assert len(world.exchange.asked) == 4
 
 
+async def test_a_walk_through_times_long_before_the_oldest_candle_asks_once_an_hour() -> None:
+    world = World(now=T0 + 100 * HOUR)
+    world.trade(20, start=T0 + 98 * HOUR)
+    for at in range(20):
+        report = await world.settle(start=T0 + at * HOUR, end=T0 + (at + 1) * HOUR)
+        assert {gap.reason for gap in report.gaps} == {GapReason.NOT_OFFERED}
+    assert len(world.exchange.asked) == 1
+    await world.clock.advance(HOUR)
+    await world.settle(start=T0, end=T0 + HOUR)
+    assert len(world.exchange.asked) == 2
+
+
 async def test_an_exchange_that_cannot_be_asked_leaves_the_periods_unreachable() -> None:
     world = World()
     world.trade(40)
