@@ -101,7 +101,11 @@ def _introduce(settings: Settings, url: str, token: str, *, live: bool) -> None:
         if live
         else "a SIMULATED market: prices are made up (make run-live collects the real ones)"
     )
-    agent = {"url": f"{url}/mcp", "headers": {"Authorization": f"Bearer {token}"}}
+    agent = {
+        "type": "http",
+        "url": f"{url}/mcp",
+        "headers": {"Authorization": f"Bearer {token}"},
+    }
     print(
         f"""
 cb-trade data service, on {market}
