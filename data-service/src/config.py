@@ -17,7 +17,6 @@ KNOWN_EXCHANGES: Final = ("crypto.com",)
 MIN_SECRET_BYTES: Final = 32
 
 NameList = Annotated[tuple[str, ...], NoDecode]
-JsonObject = Annotated[dict[str, Any], NoDecode]
 
 
 class Settings(BaseSettings):

@@ -7,7 +7,6 @@
     |-- CoinNotAvailable          no exchange asked lists the coin
     |-- NoData                    nothing stored, nothing to fetch
     |-- Unauthorized, Forbidden   who is calling is not known, or may not
-    |-- RateLimited               a caller asks too much
     |-- ConfigurationError        a setting stops the start
     |-- ExchangeError             exchange_source: an exchange did not do what was asked
     |   |-- ExchangeUnavailable   retryable: away, overloaded, refusing for now, or not answering
@@ -69,10 +68,6 @@ class Unauthorized(DataServiceError):
 
 class Forbidden(DataServiceError):
     """The token is valid and lacks the scope."""
-
-
-class RateLimited(DataServiceError):
-    """The caller asks more than a connection may."""
 
 
 class ConfigurationError(DataServiceError):

@@ -26,7 +26,6 @@ from errors import (
     Forbidden,
     InvalidRequest,
     NoData,
-    RateLimited,
     Unauthorized,
     UnknownExchange,
 )
@@ -101,7 +100,6 @@ _TABLE: Final[tuple[tuple[type[DataServiceError], str, HTTPStatus], ...]] = (
     (TooManySubscriptions, "too_many_subscriptions", HTTPStatus.TOO_MANY_REQUESTS),
     (TooManyRequests, "too_many_requests", HTTPStatus.TOO_MANY_REQUESTS),
     (SlowConsumer, "slow_consumer", HTTPStatus.TOO_MANY_REQUESTS),
-    (RateLimited, "rate_limited", HTTPStatus.TOO_MANY_REQUESTS),
     (ExchangeUnavailable, "exchange_unavailable", HTTPStatus.SERVICE_UNAVAILABLE),
     (StorageUnavailable, "storage_unavailable", HTTPStatus.SERVICE_UNAVAILABLE),
     (TargetStoreUnavailable, "storage_unavailable", HTTPStatus.SERVICE_UNAVAILABLE),

@@ -170,10 +170,6 @@ class Hub:
         """Stop telling a series."""
         self._topics.pop(series, None)
 
-    def is_open(self, series: Series) -> bool:
-        """Whether the series is told."""
-        return series in self._topics
-
     def subscriber_count(self, series: Series) -> int:
         """How many read the series."""
         topic = self._topics.get(series)

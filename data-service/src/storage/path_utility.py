@@ -6,7 +6,6 @@ Pure functions. Every path is relative to the storage root, ``/`` between names,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final
@@ -231,14 +230,6 @@ def day_of(timestamp: int) -> date:
 def day_start(day: date) -> int:
     """The first ms of a UTC day."""
     return (day.toordinal() - _EPOCH.toordinal()) * _DAY_MS
-
-
-def days_of(wanted: TimeRange) -> Iterator[date]:
-    """The UTC days that a range touches, ascending."""
-    if wanted:
-        last = day_of(wanted.end - 1)
-        for ordinal in range(day_of(wanted.start).toordinal(), last.toordinal() + 1):
-            yield date.fromordinal(ordinal)
 
 
 def _whole_second(timestamp: Timestamp) -> datetime:

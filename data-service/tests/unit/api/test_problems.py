@@ -49,7 +49,6 @@ OUTSIDE: dict[type[DataServiceError], tuple[str, int]] = {
     errors.NoData: ("no_data", 404),
     errors.Unauthorized: ("unauthorized", 401),
     errors.Forbidden: ("forbidden", 403),
-    errors.RateLimited: ("rate_limited", 429),
     errors.ConfigurationError: ("internal", 500),
     ExchangeError: ("internal", 500),
     ExchangeUnavailable: ("exchange_unavailable", 503),
@@ -119,7 +118,6 @@ def test_only_failures_of_the_service_are_logged_and_only_the_unforeseen_with_tr
     crash, conflict = RuntimeError("a bug"), StorageConflict("another market")
     with capture_logs() as logs:
         report(errors.NoData("nothing is known"))
-        report(errors.RateLimited("too fast"))
         report(StorageUnavailable("the disk is full"))
         report(conflict)
         report_unexpected(crash)

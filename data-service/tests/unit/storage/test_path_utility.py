@@ -16,8 +16,6 @@ from storage.path_utility import (
     RawDataPath,
     StoragePathUtility,
     day_of,
-    day_start,
-    days_of,
     to_milliseconds,
     to_range,
 )
@@ -189,18 +187,6 @@ def test_a_file_name_tells_its_time_within_the_folder_of_its_day(
 def test_the_folder_of_a_day_is_where_its_documents_lie() -> None:
     path = path_of("crypto.com", "BTC/EUR", 0)
     assert path.startswith(StoragePathUtility.day_path("crypto.com", "BTC/EUR", date(1970, 1, 1)))
-
-
-def test_a_range_touches_the_days_that_hold_a_moment_of_it() -> None:
-    day = date(2026, 2, 28)
-    start = day_start(day)
-    assert list(days_of(TimeRange(start, start + 1))) == [day]
-    assert list(days_of(TimeRange(start - 1, start + 86_400_001))) == [
-        date(2026, 2, 27),
-        day,
-        date(2026, 3, 1),
-    ]
-    assert list(days_of(TimeRange(start, start))) == []
 
 
 def test_a_range_is_cut_to_the_times_that_names_carry() -> None:
