@@ -134,7 +134,7 @@ class IHistoricalDataManager(ABC):
     Raises:
         InvalidRequest: end is not after start, or the interval does not exist.
         UnknownExchange, CoinNotAvailable: as the words say.
-        ExchangeUnavailable: nothing is stored of the range and the exchange could not be asked.
+        ExchangeUnavailable: nothing is stored and the exchange could not be asked.
     """
 
     @abstractmethod

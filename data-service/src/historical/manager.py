@@ -87,7 +87,9 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
             pages.append(page)
             count += len(page.entries)
             at = window.end
-        _refuse_if_unanswered(pages)
+        error = _error_of_none(pages)
+        if error is not None:
+            await self._refuse_if_nothing_is_stored(resolved.series, error)
         return History(
             series=resolved.series,
             market=resolved.market,
@@ -119,7 +121,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
         gaps: list[Gap] = []
         unanswered: ExchangeError | None = None
         async for page in self._fetcher.pages(resolved, wanted, periods=chunk_size):
-            gaps = list(joined([*gaps, *page.gaps]))
+            gaps += page.gaps
             unanswered = page.error or unanswered
             if not page.entries:
                 continue
@@ -141,14 +143,14 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
             from_storage += page.from_storage
             from_exchange += page.from_exchange
         if count == 0 and unanswered is not None:
-            raise unanswered
+            await self._refuse_if_nothing_is_stored(series, unanswered)
         await websocket.send_json(
             {
                 "type": "historical_data_complete",
                 **answers,
                 "count": count,
                 "chunks": chunks,
-                "gaps": [gap_out(gap, series.interval) for gap in gaps],
+                "gaps": [gap_out(gap, series.interval) for gap in joined(gaps)],
                 "sources": {"storage": from_storage, "exchange": from_exchange},
             }
         )
@@ -194,7 +196,9 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
         wanted = _range(start, end)
         resolved = await self._directory.resolve(coin, exchange=exchange, interval=interval)
         pages = [page async for page in self._fetcher.pages(resolved, wanted, periods=SUMMARY_PAGE)]
-        _refuse_if_unanswered(pages)
+        error = _error_of_none(pages)
+        if error is not None:
+            raise error
         candles = [entry.candle for page in pages for entry in page.entries]
         if not candles:
             raise NoData(
@@ -248,6 +252,12 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
             gaps=tuple(view.gaps(wanted)),
         )
 
+    async def _refuse_if_nothing_is_stored(self, series: Series, error: ExchangeError) -> None:
+        """With nothing of the series in storage, the exchange's silence is the answer; else the
+        gaps say it."""
+        if await self._current.get_latest_entry(series) is None:
+            raise error
+
 
 def _range(start: int, end: int) -> TimeRange:
     if start < 0:
@@ -257,10 +267,8 @@ def _range(start: int, end: int) -> TimeRange:
     return TimeRange(start, end)
 
 
-def _refuse_if_unanswered(pages: list[Page]) -> None:
-    """Without a single row, the exchange's silence is the answer."""
+def _error_of_none(pages: list[Page]) -> ExchangeError | None:
+    """Why the exchange could not be asked, where there is not a single candle."""
     if any(page.entries for page in pages):
-        return
-    for page in pages:
-        if page.error is not None:
-            raise page.error
+        return None
+    return next((page.error for page in pages if page.error is not None), None)

@@ -71,6 +71,9 @@ def translate(
     told = exc.__cause__ if isinstance(exc.__cause__, aiohttp.ClientPayloadError) else exc
     ours = next(ours for vendor, ours in _KINDS if isinstance(told, vendor))
     words = str(exc)[:_WORDS] or type(exc).__name__
+    if isinstance(exc.__cause__, OSError):
+        # ccxt names only the address of what could not be reached.
+        words += f" ({exc.__cause__})"
     return ours(f"{exchange}: {words}", retry_after=retry_after)
 
 

@@ -126,7 +126,7 @@ async def test_a_cancelled_stream_sends_nothing_more() -> None:
 async def test_a_stream_of_nothing_from_an_exchange_that_is_away_is_an_error() -> None:
     world = Collecting()
     async with world.running():
-        await world.manager.add_coin("BTC")
+        await world.manager.add_coin("BTC", since=world.clock.now_ms())
         world.exchange.fail_with = ExchangeUnavailable("503")
         with pytest.raises(ExchangeUnavailable):
             await history(world).stream_historical_data(Socket(), "BTC", T0, T0 + HOUR)
@@ -156,13 +156,34 @@ async def test_holes_do_not_make_a_page_shorter() -> None:
     assert page.gaps == (Gap(TimeRange(T0 + 5 * FIVE, T0 + 15 * FIVE), GapReason.NO_TRADES),)
 
 
-async def test_history_without_rows_is_an_answer_unless_the_exchange_could_not_be_asked() -> None:
+async def test_history_without_rows_is_an_answer() -> None:
     world = Collecting()
     async with world.running():
-        await world.manager.add_coin("BTC")
         page = await history(world).get_historical_data("BTC", T0 - 2 * HOUR, T0 - HOUR)
+    assert page.entries == ()
+    assert {gap.reason for gap in page.gaps} == {GapReason.NOT_OFFERED}
+
+
+async def test_with_something_stored_an_exchange_that_is_away_is_told_in_the_gaps() -> None:
+    world = Collecting()
+    async with world.running():
+        await history(world).get_historical_data("BTC", T0, T0 + HOUR)
+        world.exchange.fail_with = ExchangeUnavailable("503")
+        page = await history(world).get_historical_data("BTC", T0 + 2 * HOUR, T0 + 3 * HOUR)
         assert page.entries == ()
-        assert {gap.reason for gap in page.gaps} == {GapReason.NOT_OFFERED}
+        assert {gap.reason for gap in page.gaps} == {GapReason.UNREACHABLE}
+        socket = Socket()
+        await history(world).stream_historical_data(socket, "BTC", T0 + 2 * HOUR, T0 + 3 * HOUR)
+        (complete,) = socket.sent
+        assert [gap["reason"] for gap in complete["gaps"]] == ["unreachable"]
+        with pytest.raises(ExchangeUnavailable):
+            await history(world).summarize_history("BTC", T0 + 2 * HOUR, T0 + 3 * HOUR)
+
+
+async def test_with_nothing_stored_an_exchange_that_is_away_is_an_error() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.resolve("BTC", exchange=None, interval="5m")
         world.exchange.fail_with = ExchangeUnavailable("503")
         with pytest.raises(ExchangeUnavailable):
             await history(world).get_historical_data("BTC", T0, T0 + HOUR)
