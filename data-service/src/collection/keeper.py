@@ -33,13 +33,16 @@ from target_management.interfaces import Target
 # How far back the settling of live periods looks (market ms); what is older is repair.
 LIVE_REACH_MS: Final = 3_600_000
 REPAIR_EVERY_MS: Final = 3_600_000
+# What a repair leaves open though the exchange answers is asked for again after this (market ms),
+# doubling.
+FIRST_REPAIR_MS: Final = 60_000
 # By the clock a period is asked for this long after its end (market ms), should no update of the
 # next one have said so before.
 CLOSE_GRACE_MS: Final = 5_000
 # A closed period that the exchange has not published yet is asked for again after this (market
 # ms), doubling; never more often than the real pause, however fast the market clock runs.
 FIRST_POLL_MS: Final = 2_000
-LONGEST_POLL_MS: Final = 30_000
+LONGEST_POLL_MS: Final = 60_000
 SHORTEST_REAL_PAUSE_S: Final = 0.05
 # How often the looks that are owed are counted (market ms).
 LOOK_RHYTHM_MS: Final = 30_000
@@ -129,42 +132,37 @@ class SeriesKeeper:
         """Settle what has just closed: at the next period's first update, or by the clock."""
         poll = FIRST_POLL_MS
         interval = self.series.interval
-        asked_until = 0
         while True:
             self._wake.clear()
             closed_end = interval.floor(self._clock.now_ms())
-            if closed_end > asked_until:
-                poll, asked_until = FIRST_POLL_MS, closed_end
-            reach = closed_end - max(LIVE_REACH_MS, 2 * self._step)
             # After an outage everything that it swallowed is live again.
-            start = min(reach, self._settled_until or reach)
-            report = await self._settle(TimeRange(start, closed_end), Priority.LIVE)
+            start = min(self._live_edge(closed_end), self._settled_until or closed_end)
+            report = await self._settle(
+                TimeRange(max(self.target.since, start), closed_end), Priority.LIVE
+            )
             if report is not None and report.error is None:
                 self._settled_until = closed_end
+            next_look = closed_end + self._step + CLOSE_GRACE_MS
             if report is not None and not report.open:
-                next_close = closed_end + self._step
-                await self._wait(next_close + CLOSE_GRACE_MS)
+                poll = FIRST_POLL_MS
+                await self._wait(next_look)
                 continue
             pause = SHORTEST_REAL_PAUSE_S
             if report is None or report.error is not None:
                 pause = max(pause, self._reconciler.retry_in(self.series.exchange))
             await self._clock.sleep_real(pause)
-            await self._wait(self._clock.now_ms() + poll)
+            # Not back to the first pause at the next close: a market without trades stays open for
+            # hours, and its first update wakes this anyway.
+            await self._wait(min(self._clock.now_ms() + poll, next_look))
             poll = min(2 * poll, LONGEST_POLL_MS)
 
     async def _repair(self) -> None:
         """Settle everything wanted: backfill at first, then what was missed, hour by hour."""
-        failures = 0
+        failures = left_open = 0
         while True:
             closed_end = self.series.interval.floor(self._clock.now_ms())
             report = await self._settle(TimeRange(self.target.since, closed_end), Priority.BACKFILL)
-            live_edge = closed_end - max(LIVE_REACH_MS, 2 * self._step)
-            unfinished = (
-                report is None
-                or report.error is not None
-                or any(gap.range.start < live_edge for gap in report.open)
-            )
-            if unfinished:
+            if report is None or report.error is not None:
                 pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures, 10))
                 failures += 1
                 await self._clock.sleep_real(
@@ -175,8 +173,16 @@ class SeriesKeeper:
                 )
                 continue
             failures = 0
+            again = REPAIR_EVERY_MS
+            if any(gap.range.start < self._live_edge(closed_end) for gap in report.open):
+                # The exchange answers and proves nothing of them: it may, a little later.
+                again = min(REPAIR_EVERY_MS, FIRST_REPAIR_MS * 2 ** min(left_open, 10))
+                left_open += 1
+            else:
+                left_open = 0
             self._backfilled = True
-            await self._clock.sleep_until(self._clock.now_ms() + REPAIR_EVERY_MS)
+            await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
+            await self._clock.sleep_until(self._clock.now_ms() + again)
 
     async def _look_again(self) -> None:
         """Take the second looks that are owed: exchanges publish late and correct themselves."""
@@ -233,6 +239,10 @@ class SeriesKeeper:
 
     # -- inside -----------------------------------------------------------------------------
 
+    def _live_edge(self, closed_end: int) -> int:
+        """From where on periods are live; what is older is repair."""
+        return closed_end - max(LIVE_REACH_MS, 2 * self._step)
+
     def _on_update(self, period: int) -> None:
         self._feed.note_data()
         if period > self._newest_update:
@@ -240,8 +250,7 @@ class SeriesKeeper:
             self._wake.set()
 
     async def _settle(self, wanted: TimeRange, priority: Priority) -> SettleReport | None:
-        """Settle what is wanted of a range; None when storage, or the worker, refused."""
-        wanted = TimeRange(max(wanted.start, self.target.since), wanted.end)
+        """Settle a range; None when storage, or the worker, refused."""
         try:
             report = await self._reconciler.settle(
                 self.series, self.target.market, wanted, priority=priority
@@ -270,9 +279,7 @@ class SeriesKeeper:
         """Tell from the oldest open period of the last hour on, else from the newest settled."""
         interval = self.series.interval
         closed_end = interval.floor(self._clock.now_ms())
-        start = interval.floor(
-            max(self.target.since, closed_end - max(LIVE_REACH_MS, 2 * self._step))
-        )
+        start = interval.floor(max(self.target.since, self._live_edge(closed_end)))
         last = TimeRange(start, closed_end)
         await self.view.load(last)
         still_open = [

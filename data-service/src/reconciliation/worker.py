@@ -19,7 +19,9 @@ import structlog
 from domain.clock import IClock
 from domain.time_range import TimeRange
 from exchange_source.interfaces import (
+    BadExchangeAnswer,
     ExchangeError,
+    ExchangeRefused,
     ExchangeUnavailable,
     HistoricalData,
     IExchangeAPIClient,
@@ -203,11 +205,12 @@ class SettlingWorker:
             self._outage.enter()
             try:
                 answer = await direct(state, page)
-            except ExchangeUnavailable as exc:
-                self._outage.failed(exc)
-                raise
-            except ExchangeError:
+            except (BadExchangeAnswer, ExchangeRefused):
+                # It answers: what is wrong may be wrong with this market alone.
                 self._outage.answered()
+                raise
+            except ExchangeError as exc:
+                self._outage.failed(exc)
                 raise
             except BaseException:
                 self._outage.released()

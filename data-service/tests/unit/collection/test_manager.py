@@ -19,8 +19,9 @@ from collection.interfaces import (
     TargetState,
 )
 from domain.gap import GapReason
+from domain.time_range import TimeRange
 from errors import CoinNotAvailable, InvalidRequest, UnknownExchange
-from exchange_source.interfaces import ExchangeUnavailable
+from exchange_source.interfaces import ExchangeUnavailable, Priority
 from storage.interfaces import StorageUnavailable
 from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
@@ -415,3 +416,34 @@ async def test_a_target_of_a_disabled_exchange_is_listed_degraded_and_can_be_rem
         assert (status.state, status.last_entry) == (TargetState.DEGRADED, None)
         await world.manager.remove_coin("BTC")
         assert await world.targets.list_targets() == []
+
+
+async def test_second_looks_are_taken_before_since_too_and_end() -> None:
+    world = Collecting()
+    hole = T0 + 20 * HOUR
+    del world.exchange.candles["BTC/USD", "5m"][hole]
+    async with world.running():
+        await world.manager.add_coin("BTC", since=world.clock.now_ms())
+        await world.reconciler.settle(
+            BTC_5M, "BTC/USD", TimeRange(hole - HOUR, hole + HOUR), priority=Priority.REQUEST
+        )
+        await world.pass_time(2 * MINUTE)
+        asked = len(world.exchange.asked)
+        assert world.reconciler.view(BTC_5M, "BTC/USD").looks_due() is None
+        await world.pass_time(2 * MINUTE)
+        assert len(world.exchange.asked) == asked
+
+
+async def test_a_market_that_falls_silent_is_asked_at_most_twice_a_minute() -> None:
+    world = Collecting()
+    recorded = world.exchange.candles["BTC/USD", "5m"]
+    for period in [period for period in recorded if period >= T0 + 24 * HOUR]:
+        del recorded[period]
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(2 * MINUTE)
+        asked = len(world.exchange.asked)
+        await world.pass_time(3 * HOUR)
+        assert len(world.exchange.asked) - asked < 2 * 3 * 60
+        (status,) = await world.manager.list_targets()
+        assert status.state is TargetState.LIVE

@@ -13,7 +13,7 @@ from domain.gap import GapReason
 from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
-from exchange_source.interfaces import ExchangeUnavailable, Priority
+from exchange_source.interfaces import BadExchangeAnswer, ExchangeUnavailable, Priority
 from reconciliation.reconciler import Reconciler
 from storage.interfaces import StorageUnavailable
 from storage.manager import StorageManagerImpl
@@ -157,3 +157,15 @@ async def test_listeners_are_told_after_every_page() -> None:
     async with world.running():
         await world.reconciler.settle(BTC_5M, "BTC/USD", DAY_RANGE, priority=Priority.LIVE)
     assert told == [BTC_5M] * len(world.exchange.asked)
+
+
+async def test_an_answer_that_makes_no_sense_is_no_outage_for_the_other_markets() -> None:
+    world = World()
+    world.exchange.fail_with = BadExchangeAnswer("half a document")
+    wanted = TimeRange(T0 + 23 * HOUR, T0 + 24 * HOUR)
+    async with world.running():
+        report = await world.reconciler.settle(BTC_5M, "BTC/USD", wanted, priority=Priority.LIVE)
+        assert report.error is world.exchange.fail_with
+        world.exchange.fail_with = None
+        report = await world.reconciler.settle(ETH_5M, "ETH/USD", wanted, priority=Priority.LIVE)
+        assert report.gaps == ()
