@@ -12,15 +12,18 @@ RUN python -m venv /bootstrap \
 # Bytecode is compiled here: the file system of the running container may be read-only.
 RUN VIRTUAL_ENV=/app /bootstrap/bin/uv pip install --no-cache --require-hashes --compile-bytecode \
     -r requirements.lock
-COPY data-service/src /app/src
-RUN /app/bin/python -m compileall -q /app/src
+COPY pyproject.toml README.md ./
+COPY data-service/src data-service/src
+RUN /bootstrap/bin/uv build --wheel --no-build-isolation --python /bootstrap/bin/python \
+        --out-dir /wheels . \
+    && VIRTUAL_ENV=/app /bootstrap/bin/uv pip install --no-cache --no-deps --compile-bytecode \
+        /wheels/*.whl
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin service \
     && install --directory --owner 10001 --group 10001 /data
 COPY --from=build /app /app
 ENV PATH=/app/bin:$PATH \
-    PYTHONPATH=/app/src \
     PYTHONUNBUFFERED=1 \
     HOST=0.0.0.0 \
     PORT=8000 \
@@ -33,5 +36,5 @@ VOLUME /data
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=30s \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/health/live', timeout=4)"]
-ENTRYPOINT ["python", "-m", "cli"]
+ENTRYPOINT ["cb-trade-data"]
 CMD ["serve"]
