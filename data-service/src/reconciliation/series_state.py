@@ -30,6 +30,8 @@ LOOKS_MS: Final = (60_000, 300_000, 3_600_000)
 SECOND_PROOF_MS: Final = 60_000
 # Without a ledger, what lies this close to the newest entry is owed its last look.
 UNLEDGERED_LOOKS_MS: Final = 2 * 3_600_000
+# A stored candle that the exchange no longer tells is looked for this long after its end.
+KEEP_LOOKING_MS: Final = 24 * 3_600_000
 # What the exchange did not offer is asked for again after this.
 ASK_OLDER_AGAIN_MS: Final = 3_600_000
 # An entry counts as settled live when it is settled this soon after its period's end.
@@ -51,7 +53,8 @@ class SeriesState(ISeriesView):
         self._step = series.interval.milliseconds
         self._listed = RangeSet()
         self._stored = RangeSet()
-        self._ledger: Ledger | None = None
+        self._ledger = Ledger()
+        self._ledger_loaded = False
         self._ledger_changed = False
         self._looks: dict[int, int] = {}
         self._postponed: dict[int, int] = {}
@@ -75,8 +78,9 @@ class SeriesState(ISeriesView):
 
     async def load(self, wanted: TimeRange) -> None:
         async with self._load_lock:
-            if self._ledger is None:
+            if not self._ledger_loaded:
                 self._ledger = await self._load_ledger()
+                self._ledger_loaded = True
             for part in self._listed.missing(wanted):
                 for run in await self._storage.stored_ranges(
                     self._series.exchange,
@@ -92,7 +96,7 @@ class SeriesState(ISeriesView):
         return self._stored.within(within)
 
     def booked_count(self, within: TimeRange) -> int:
-        return sum(run.length for run in self._known.booked.within(within)) // self._step
+        return sum(run.length for run in self._ledger.booked.within(within)) // self._step
 
     def gaps(self, within: TimeRange) -> list[Gap]:
         found: list[Gap] = []
@@ -105,6 +109,10 @@ class SeriesState(ISeriesView):
                     start = period
                 found.append(Gap(TimeRange(start, period + self._step), reason))
         return found
+
+    def now_ms(self) -> int:
+        """Market time."""
+        return self._clock.now_ms()
 
     def closed_part(self, wanted: TimeRange) -> TimeRange:
         """The periods of ``wanted`` whose end has passed by the market's clock."""
@@ -126,7 +134,7 @@ class SeriesState(ISeriesView):
         """The periods of ``wanted`` that the exchange has to be asked about now."""
         wanted = self.closed_part(wanted)
         now = self._clock.now_ms()
-        ledger = self._known
+        ledger = self._ledger
         work = RangeSet(self._stored.missing(wanted))
         for proven in ledger.empty.within(wanted):
             work.remove(proven)
@@ -154,8 +162,10 @@ class SeriesState(ISeriesView):
         """The exchange could not be asked; what is open stays open for that reason."""
         self._unreachable = True
 
-    async def record(self, asked: RangeSet, answer: HistoricalData) -> RangeSet:
+    async def record(self, asked: RangeSet, answer: HistoricalData, *, asked_at: int) -> RangeSet:
         """Store what the exchange said of the periods of ``asked``, then remember what it proves.
+
+        ``asked_at`` is when (market ms) it was asked: what an answer proves is as young as that.
 
         Returns:
             The periods whose entry is new or changed.
@@ -163,34 +173,33 @@ class SeriesState(ISeriesView):
         Raises:
             StorageError: the entries could not be stored; nothing is concluded then.
         """
-        now = self._clock.now_ms()
         entries = [self._entry(answer, at) for at in range(len(answer.candles))]
         entries = [entry for entry in entries if entry.timestamp in asked]
         outcomes = await self._store(entries) if entries else []
         changed = RangeSet()
         for outcome in outcomes:
-            self._note_stored(outcome, now)
+            self._note_stored(outcome, asked_at)
             if outcome.change is not Change.UNCHANGED:
                 period = outcome.entry.timestamp
                 changed.add(TimeRange(period, period + self._step))
         for run in answer.empty:
             for part in asked.within(run):
                 for period in self._periods(part):
-                    self._note_empty(period, now)
+                    self._note_empty(period, asked_at)
         if answer.not_offered is not None:
             self._oldest_offered = self._series.interval.floor(answer.not_offered.end)
-            self._oldest_learned_at = now
+            self._oldest_learned_at = asked_at
             self._give_up_on(asked, self._oldest_offered)
         for period in list(self._owed()):
             # Asked and not answered: the next answer may hold it, but not at once.
-            if period in asked and self._look_due_at(period) <= now:
-                self._postponed[period] = now + SECOND_PROOF_MS
+            if period in asked and self._look_due_at(period) <= asked_at:
+                self._postpone(period, asked_at)
         self._unreachable = False
         return changed
 
     async def save(self) -> None:
         """Keep the ledger when it changed. A failure is told and costs no more than requests."""
-        if not self._ledger_changed or self._ledger is None:
+        if not self._ledger_changed:
             return
         try:
             await self._storage.write_record(self._ledger_path, self._ledger.to_bytes())
@@ -200,10 +209,6 @@ class SeriesState(ISeriesView):
             self._ledger_changed = False
 
     # -- inside -----------------------------------------------------------------------------
-
-    @property
-    def _known(self) -> Ledger:
-        return self._ledger if self._ledger is not None else Ledger()
 
     @property
     def _not_offered_before(self) -> int:
@@ -250,39 +255,49 @@ class SeriesState(ISeriesView):
             source="stream" if live else "rest",
         )
 
-    def _note_stored(self, outcome: Stored, now: int) -> None:
+    def _note_stored(self, outcome: Stored, asked_at: int) -> None:
         entry = outcome.entry
         period = TimeRange(entry.timestamp, entry.end)
-        ledger = self._known
+        ledger = self._ledger
         self._stored.add(period)
         self._ledger_changed |= ledger.suspected.pop(entry.timestamp, None) is not None
         if entry.order_book is not None and entry.timestamp not in ledger.booked:
             ledger.booked.add(period)
             self._ledger_changed = True
         self._postponed.pop(entry.timestamp, None)
-        if self._count_looks(entry.timestamp, now) == len(LOOKS_MS):
+        if self._count_looks(entry.timestamp, asked_at) == len(LOOKS_MS):
             ledger.verified.add(period)
             self._ledger_changed = True
 
-    def _note_empty(self, period: int, now: int) -> None:
-        ledger = self._known
+    def _note_empty(self, period: int, asked_at: int) -> None:
+        ledger = self._ledger
         if period in self._stored:
             # The exchange has dropped a candle that it gave before, or left it out of this answer:
             # what is stored stays, and is looked at again until an answer holds it.
-            self._postponed[period] = now + SECOND_PROOF_MS
+            self._postpone(period, asked_at)
             return
-        looks = self._count_looks(period, now)
+        looks = self._count_looks(period, asked_at)
         proven_at = ledger.suspected.get(period)
         if proven_at is None:
-            ledger.suspected[period] = now
-        elif now - proven_at >= SECOND_PROOF_MS and looks == len(LOOKS_MS):
+            ledger.suspected[period] = asked_at
+        elif asked_at - proven_at >= SECOND_PROOF_MS and looks == len(LOOKS_MS):
             del ledger.suspected[period]
             ledger.empty.add(TimeRange(period, period + self._step))
         self._ledger_changed = True
 
+    def _postpone(self, period: int, asked_at: int) -> None:
+        """Look again a little later; after a day without a word of it, what is stored is final."""
+        end = period + self._step
+        if period in self._stored and asked_at - end > KEEP_LOOKING_MS:
+            self._ledger.verified.add(TimeRange(period, end))
+            self._postponed.pop(period, None)
+            self._ledger_changed = True
+        else:
+            self._postponed[period] = asked_at + SECOND_PROOF_MS
+
     def _give_up_on(self, asked: RangeSet, before: int) -> None:
         """Take what was proven of periods that the exchange gives no more as final."""
-        ledger = self._known
+        ledger = self._ledger
         for period in [period for period in self._owed() if period < before and period in asked]:
             run = TimeRange(period, period + self._step)
             if ledger.suspected.pop(period, None) is not None:
@@ -291,18 +306,19 @@ class SeriesState(ISeriesView):
                 ledger.verified.add(run)
             self._ledger_changed = True
 
-    def _count_looks(self, period: int, now: int) -> int:
-        age = now - (period + self._step)
+    def _count_looks(self, period: int, asked_at: int) -> int:
+        age = asked_at - (period + self._step)
         looks = sum(age >= threshold for threshold in LOOKS_MS)
         if looks == len(LOOKS_MS):
             self._looks.pop(period, None)
+            self._postponed.pop(period, None)
         else:
             self._looks[period] = looks
         return looks
 
     def _owed(self) -> Iterator[int]:
         """The periods whose last look has not been taken."""
-        ledger = self._known
+        ledger = self._ledger
         for run in self._stored:
             for part in ledger.verified.missing(run):
                 yield from self._periods(part)
@@ -310,14 +326,14 @@ class SeriesState(ISeriesView):
 
     def _look_due_at(self, period: int) -> int:
         end = period + self._step
-        proven_at = self._known.suspected.get(period)
+        proven_at = self._ledger.suspected.get(period)
         due = end + LOOKS_MS[self._looks.get(period, 0)]
         if proven_at is not None:
             due = max(due, proven_at + SECOND_PROOF_MS)
         return max(due, self._postponed.get(period, 0))
 
     def _reason(self, period: int) -> GapReason:
-        ledger = self._known
+        ledger = self._ledger
         if period in ledger.empty or period in ledger.suspected:
             return GapReason.NO_TRADES
         if period < self._not_offered_before:

@@ -67,12 +67,13 @@ async def settle_page(
         reach = page_periods * state.series.interval.milliseconds
         page = RangeSet(asked.within(TimeRange(asked.end - reach, asked.end)))
         span = TimeRange(next(iter(page)).start, asked.end)
+        asked_at = state.now_ms()
         try:
             answer = await ask(state, span)
         except ExchangeError:
             state.note_unreachable()
             raise
-        for run in await state.record(page, answer):
+        for run in await state.record(page, answer, asked_at=asked_at):
             progress.fetched.add(run)
         await state.save()
         progress.remaining = TimeRange(progress.remaining.start, span.start)

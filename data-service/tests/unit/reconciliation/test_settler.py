@@ -255,6 +255,12 @@ async def test_a_candle_that_the_exchange_drops_later_stays_stored() -> None:
     await world.clock.advance(2 * HOUR)
     await world.settle(end=T0 + HOUR)
     assert dropped in await world.stored()
+    # It is looked for again, and not for ever.
+    assert world.state.next_look_at() == world.clock.now_ms() + MINUTE
+    world.trade(400, start=T0 + HOUR)
+    await world.clock.advance(24 * HOUR)
+    await world.settle(end=T0 + HOUR)
+    assert world.state.next_look_at() is None
 
 
 async def test_the_book_at_the_close_is_stored_with_its_candle() -> None:
