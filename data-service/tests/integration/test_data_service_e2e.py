@@ -192,6 +192,13 @@ async def test_a_recorded_series_flows_from_the_exchange_to_agents_clients_and_d
         stored = stored_rows(running, record)
         assert stored == record.between(since, max(stored) + record.step)
         assert max(stored) >= max(at for at in record.rows if at < told)
+        books = [
+            (document["order_book"]["timestamp"], document["timestamp"] + record.step)
+            for document in running.documents(record.folder)
+            if document["order_book"] is not None
+        ]
+        assert books != []
+        assert [late for taken, late in books if abs(taken - late) > 10_000] == []
         await running.start_service()
 
 
