@@ -39,6 +39,10 @@ DAY_MS = 86_400_000
 END = 1_763_985_600_000
 WANTED = TimeRange(END - 14 * DAY_MS, END)
 SERIES = Series("crypto.com", "BTC", Interval.parse("5m"))
+# The yardstick's documents: what is stored, made without any of our code.
+HEAD = {"exchange": "crypto.com", "coin": "BTC", "market": "BTC/USD", "interval": "5m"}
+COLUMNS = ("timestamp", "open", "high", "low", "close", "volume")
+TAIL = {"order_book": None, "source": "rest", "revision": 1, "schema": 1}
 CLOCK = MarketClock(origin=time.time_ns() // 1_000_000, market=END + 2 * 3_600_000)
 
 
@@ -75,9 +79,7 @@ async def paged_by_hand(sandbox: RunningSandbox, root: Path) -> int:
                 "BTC/USD", "5m", None, 300, {"start_ts": start - 1, "end_ts": end - 1}
             )
             for row in rows:
-                document = dict(
-                    zip(("timestamp", "open", "high", "low", "close", "volume"), row, strict=True)
-                )
+                document = HEAD | dict(zip(COLUMNS, row, strict=True)) | TAIL
                 with (root / f"{row[0]}.json").open("w") as file:
                     json.dump(document, file)
             count += len(rows)

@@ -26,7 +26,8 @@ class Settings(BaseSettings):
         env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
     )
 
-    host: str = "127.0.0.1"
+    # An empty host would listen on every interface.
+    host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65_535)
 
     storage_type: Literal["local"] = "local"
@@ -34,7 +35,7 @@ class Settings(BaseSettings):
     state_dir: Path = Path("./data")
 
     target_storage_type: Literal["local", "azure"] | None = None
-    target_table_path: str | None = None
+    target_table_path: str | None = Field(default=None, min_length=1)
     azure_storage_options: Annotated[dict[str, SecretStr], NoDecode] = {}
 
     exchanges: NameList = KNOWN_EXCHANGES
@@ -111,19 +112,30 @@ class Settings(BaseSettings):
     @classmethod
     def _endpoints(cls, value: dict[str, str]) -> dict[str, str]:
         for name, url in value.items():
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            if not _is_base_url(url):
                 raise ValueError(
                     f"takes a JSON object of exchange to base URL; {name} needs one such as "
                     f"http://127.0.0.1:9400"
                 )
         return {name.lower(): url for name, url in value.items()}
 
+    @field_validator("exchange_credentials")
+    @classmethod
+    def _by_exchange(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {name.lower(): secrets for name, secrets in value.items()}
+
     @field_validator("auth_secret")
     @classmethod
     def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and len(value.get_secret_value().encode()) < MIN_SECRET_BYTES:
             raise ValueError(f"takes at least {MIN_SECRET_BYTES} bytes")
+        return value
+
+    @field_validator("state_dir", mode="before")
+    @classmethod
+    def _folder(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("takes a folder, such as ./data")
         return value
 
     @field_validator("log_level", mode="before")
@@ -165,6 +177,15 @@ class Settings(BaseSettings):
         return str(Path(self.storage_root) / "targets_delta")
 
 
+def _is_base_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        # Reading the port is what checks it.
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Read and check the settings; ``overrides`` win over the environment.
 
@@ -173,6 +194,9 @@ def load_settings(**overrides: Any) -> Settings:
     """
     try:
         return Settings(**overrides)
+    except UnicodeDecodeError:
+        # Not chained: the text may hold a secret.
+        raise ConfigurationError(".env: takes a text file in UTF-8") from None
     except ValidationError as exc:
         # Only the first finding, and never the value: it may be a secret.
         finding = exc.errors(include_url=False, include_input=False, include_context=False)[0]

@@ -18,8 +18,8 @@ import structlog
 from domain.candle import CandleUpdate
 from domain.clock import IClock
 from domain.order_book import OrderBook
+from errors import DataServiceError
 from exchange_source.interfaces import (
-    ExchangeError,
     IExchangeAPIClient,
     IOrderBookHandle,
     IStreamHandle,
@@ -66,7 +66,8 @@ class FeedSupervisor:
         self._state: FeedState | None = None
         self._last_data_ms = clock.now_ms()
         self._last_data_real = clock.monotonic()
-        self._books: dict[str, IOrderBookHandle] = {}
+        # Several targets may mean one market; each holds the book by a handle of its own.
+        self._books: dict[str, list[IOrderBookHandle]] = {}
         self._book_times: dict[str, int] = {}
         self._streams = 0
 
@@ -87,8 +88,8 @@ class FeedSupervisor:
 
     def book(self, market: str) -> OrderBook | None:
         """The top of the market's live book, or None."""
-        handle = self._books.get(market)
-        return handle.snapshot() if handle is not None else None
+        snapshots = (handle.snapshot() for handle in self._books.get(market, ()))
+        return next((book for book in snapshots if book is not None), None)
 
     async def keep_candles(
         self, market: str, interval: str, on_reconnect: Callable[[], None]
@@ -110,16 +111,27 @@ class FeedSupervisor:
     async def keep_book(self, market: str) -> None:
         """Keep one order book running until cancelled."""
 
+        own: list[IOrderBookHandle] = []
+
+        def forget() -> None:
+            handles = self._books.get(market, [])
+            handles[:] = [handle for handle in handles if handle not in own]
+            own.clear()
+            if not handles:
+                self._books.pop(market, None)
+                self._book_times.pop(market, None)
+
         async def start() -> IStreamHandle:
+            forget()
             handle = await self._client.start_order_book_stream(market)
-            self._books[market] = handle
+            own.append(handle)
+            self._books.setdefault(market, []).append(handle)
             return handle
 
         try:
             await self._keep(start, lambda: None, market=market)
         finally:
-            self._books.pop(market, None)
-            self._book_times.pop(market, None)
+            forget()
 
     async def watch(self) -> None:
         """Judge the feed until cancelled."""
@@ -140,8 +152,8 @@ class FeedSupervisor:
         )
 
     def _hear_books(self) -> None:
-        for market, handle in self._books.items():
-            book = handle.snapshot(1)
+        for market in list(self._books):
+            book = self.book(market)
             if book is not None and book.timestamp != self._book_times.get(market):
                 self._book_times[market] = book.timestamp
                 self.note_data()
@@ -166,7 +178,7 @@ class FeedSupervisor:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(STOP_TIMEOUT_S):
                             await handle.stop()
-            except ExchangeError as exc:
+            except DataServiceError as exc:
                 self._lost(exc.message, market=market)
                 if self._clock.monotonic() - started > HEALTHY_AFTER_S:
                     failures = 0

@@ -37,8 +37,8 @@ REPAIR_EVERY_MS: Final = 3_600_000
 # doubling.
 FIRST_REPAIR_MS: Final = 60_000
 # By the clock a period is asked for this long after its end (market ms), should no update of the
-# next one have said so before.
-CLOSE_GRACE_MS: Final = 5_000
+# next one have said so before: a little more than plugins want to call it closed.
+CLOSE_GRACE_MS: Final = 7_000
 # A closed period that the exchange has not published yet is asked for again after this (market
 # ms), doubling; never more often than the real pause, however fast the market clock runs.
 FIRST_POLL_MS: Final = 2_000
@@ -183,6 +183,7 @@ class SeriesKeeper:
             self._backfilled = True
             await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
             await self._clock.sleep_until(self._clock.now_ms() + again)
+            await self._check_what_is_stored()
 
     async def _look_again(self) -> None:
         """Take the second looks that are owed: exchanges publish late and correct themselves."""
@@ -264,6 +265,12 @@ class SeriesKeeper:
         self._delisted = isinstance(report.error, ExchangeRefused)
         self._settled_once = self._settled_once or report.error is None
         return report
+
+    async def _check_what_is_stored(self) -> None:
+        try:
+            await self.view.refresh(TimeRange(self.target.since, self._clock.now_ms()))
+        except DataServiceError as exc:
+            log.warning("series_not_listed", series=str(self.series), error=exc.message)
 
     async def _wait(self, until: int) -> None:
         """Wait for a moment of market time, or to be woken."""

@@ -12,7 +12,7 @@ from domain.candle import CandleUpdate
 from domain.clock import IClock
 from domain.entry import Entry
 from domain.series import Series
-from storage.interfaces import IStorageManager, StorageError, Stored
+from storage.interfaces import Change, IStorageManager, StorageError, Stored
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +34,8 @@ class RealTimeProcessor:
         self._clock = clock
         self._routes: dict[tuple[str, str, str], dict[Series, OnUpdate]] = {}
         self._storage_failing = False
+        # Entries of batches that failed: some may have been written, and none was told.
+        self._unsure: set[tuple[Series, int]] = set()
 
     def route(self, series: Series, market: str, on_update: OnUpdate) -> None:
         """Send the updates of a market to a series; several coins may mean one market."""
@@ -63,7 +65,7 @@ class RealTimeProcessor:
         try:
             stored = await self._storage.store_raw_data(item)
         except StorageError as exc:
-            self._note_failure(exc)
+            self._note_failure(exc, [item])
             raise
         self._note_success([stored])
 
@@ -76,20 +78,31 @@ class RealTimeProcessor:
         try:
             stored = await self._storage.store_batch(entries)
         except StorageError as exc:
-            self._note_failure(exc)
+            self._note_failure(exc, entries)
             raise
         self._note_success(stored)
         return stored
 
     def _note_success(self, stored: Sequence[Stored]) -> None:
         for item in stored:
-            self._hub.publish_stored(item)
+            self._hub.publish_stored(self._as_news(item))
         if self._storage_failing:
             self._storage_failing = False
             log.info("storage_works_again")
             self._hub.publish_status(StatusTold("storage", "connected", self._clock.now_ms()))
 
-    def _note_failure(self, error: StorageError) -> None:
+    def _as_news(self, stored: Stored) -> Stored:
+        """What was written by a batch that failed is news when it is found unchanged."""
+        key = (stored.entry.series, stored.entry.timestamp)
+        if key not in self._unsure:
+            return stored
+        self._unsure.discard(key)
+        if stored.change is not Change.UNCHANGED:
+            return stored
+        return Stored(stored.entry, Change.REVISED if stored.entry.revision > 1 else Change.ADDED)
+
+    def _note_failure(self, error: StorageError, entries: Sequence[Entry]) -> None:
+        self._unsure.update((entry.series, entry.timestamp) for entry in entries)
         if not self._storage_failing:
             self._storage_failing = True
             log.error("storage_refuses", error=error.message)

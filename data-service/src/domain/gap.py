@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -32,3 +33,15 @@ class Gap:
     def count(self, interval: Interval) -> int:
         """How many periods are missing."""
         return self.range.length // interval.milliseconds
+
+
+def joined(gaps: Iterable[Gap]) -> tuple[Gap, ...]:
+    """Ascending gaps with those that touch and have one reason made one."""
+    result: list[Gap] = []
+    for gap in gaps:
+        last = result[-1] if result else None
+        if last is not None and last.reason is gap.reason and last.range.end == gap.range.start:
+            result[-1] = Gap(TimeRange(last.range.start, gap.range.end), gap.reason)
+        else:
+            result.append(gap)
+    return tuple(result)

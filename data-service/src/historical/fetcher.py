@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
 from domain.clock import IClock
 from domain.entry import Entry
-from domain.gap import Gap
+from domain.gap import Gap, joined
 from domain.time_range import TimeRange
 from exchange_source.interfaces import ExchangeError, Priority
 from historical.interfaces import ResolvedSeries
@@ -69,7 +69,7 @@ class HistoricalFetcher:
         wanted = self.closed_part(resolved, wanted)
         if not wanted:
             return Page(wanted, (), (), 0, 0, None)
-        fetched, error = set[int](), None
+        fetched, error, answered = set[int](), None, False
         gaps: tuple[Gap, ...]
         try:
             async with asyncio.timeout(self._patience_s):
@@ -82,7 +82,7 @@ class HistoricalFetcher:
             error = exc
             gaps = tuple(self._reconciler.view(series, resolved.market).gaps(wanted))
         else:
-            gaps, error = report.gaps, report.error
+            gaps, error, answered = report.gaps, report.error, True
             step = series.interval.milliseconds
             fetched.update(
                 period for run in report.fetched for period in range(run.start, run.end, step)
@@ -94,6 +94,15 @@ class HistoricalFetcher:
             wanted.end,
             interval=series.interval.name,
         )
+        if not answered:
+            # Nobody made sure that storage was listed: what was read is no gap.
+            read, step = {entry.timestamp for entry in entries}, series.interval.milliseconds
+            gaps = joined(
+                Gap(TimeRange(period, period + step), gap.reason)
+                for gap in gaps
+                for period in range(gap.range.start, gap.range.end, step)
+                if period not in read
+            )
         from_exchange = sum(entry.timestamp in fetched for entry in entries)
         return Page(
             range=wanted,
@@ -112,15 +121,3 @@ class HistoricalFetcher:
         reach = periods * resolved.series.interval.milliseconds
         for start in range(wanted.start, wanted.end, reach):
             yield await self.fetch_data(resolved, TimeRange(start, min(start + reach, wanted.end)))
-
-
-def joined(gaps: Iterable[Gap]) -> tuple[Gap, ...]:
-    """Ascending gaps with those that touch and have one reason made one."""
-    result: list[Gap] = []
-    for gap in gaps:
-        last = result[-1] if result else None
-        if last is not None and last.reason is gap.reason and last.range.end == gap.range.start:
-            result[-1] = Gap(TimeRange(last.range.start, gap.range.end), gap.reason)
-        else:
-            result.append(gap)
-    return tuple(result)

@@ -7,13 +7,13 @@ from typing import Final
 
 from domain.candle import Candle
 from domain.clock import IClock
-from domain.gap import Gap
+from domain.gap import Gap, joined
 from domain.series import Series
 from domain.time_range import TimeRange
 from errors import InvalidRequest, NoData
 from exchange_source.interfaces import ExchangeError
 from historical.current_fetcher import CurrentDataFetcher
-from historical.fetcher import HistoricalFetcher, Page, joined
+from historical.fetcher import HistoricalFetcher, Page
 from historical.interfaces import (
     Coverage,
     CurrentData,

@@ -70,6 +70,14 @@ class ISeriesView(ABC):
         """
 
     @abstractmethod
+    async def refresh(self, wanted: TimeRange) -> None:
+        """List again what is known of ``wanted``: documents may have been lost or found broken.
+
+        Raises:
+            StorageError: storage cannot be listed; what was known stays.
+        """
+
+    @abstractmethod
     def stored_ranges(self, within: TimeRange) -> list[TimeRange]:
         """Runs of stored periods, ascending."""
 

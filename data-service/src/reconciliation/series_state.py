@@ -92,6 +92,21 @@ class SeriesState(ISeriesView):
                     self._stored.add(run)
                 self._listed.add(part)
 
+    async def refresh(self, wanted: TimeRange) -> None:
+        # No page is being settled meanwhile, so nothing that is written now is overlooked.
+        async with self.lock, self._load_lock:
+            for part in self._listed.within(wanted):
+                runs = await self._storage.stored_ranges(
+                    self._series.exchange,
+                    self._series.coin,
+                    part.start,
+                    part.end,
+                    interval=self._series.interval.name,
+                )
+                self._stored.remove(part)
+                for run in runs:
+                    self._stored.add(run)
+
     def stored_ranges(self, within: TimeRange) -> list[TimeRange]:
         return self._stored.within(within)
 
@@ -99,16 +114,23 @@ class SeriesState(ISeriesView):
         return sum(run.length for run in self._ledger.booked.within(within)) // self._step
 
     def gaps(self, within: TimeRange) -> list[Gap]:
+        # By runs and not by periods: what is missing may be years.
+        within = self.closed_part(within)
+        empty = RangeSet(self._ledger.empty.within(within))
+        for period in self._ledger.suspected:
+            if period in within:
+                empty.add(TimeRange(period, period + self._step))
+        edge = self._not_offered_before
+        still_open = GapReason.UNREACHABLE if self._unreachable else GapReason.PENDING
         found: list[Gap] = []
-        for run in self._stored.missing(self.closed_part(within)):
-            for period in self._periods(run):
-                reason = self._reason(period)
-                if found and found[-1].reason is reason and found[-1].range.end == period:
-                    start = found.pop().range.start
-                else:
-                    start = period
-                found.append(Gap(TimeRange(start, period + self._step), reason))
-        return found
+        for run in self._stored.missing(within):
+            found += [Gap(part, GapReason.NO_TRADES) for part in empty.within(run)]
+            for part in empty.missing(run):
+                older = TimeRange(part.start, min(part.end, edge))
+                newer = TimeRange(max(part.start, edge), part.end)
+                found += [Gap(older, GapReason.NOT_OFFERED)] if older else []
+                found += [Gap(newer, still_open)] if newer else []
+        return sorted(found, key=lambda gap: gap.range)
 
     def now_ms(self) -> int:
         """Market time."""
@@ -232,7 +254,8 @@ class SeriesState(ISeriesView):
         )
         ledger = Ledger()
         if newest is not None:
-            ledger.verified.add(TimeRange(0, newest.end - UNLEDGERED_LOOKS_MS))
+            oldest_owed = self._series.interval.floor(newest.end - UNLEDGERED_LOOKS_MS)
+            ledger.verified.add(TimeRange(0, oldest_owed))
         return ledger
 
     async def _store(self, entries: Sequence[Entry]) -> list[Stored]:
@@ -331,14 +354,6 @@ class SeriesState(ISeriesView):
         if proven_at is not None:
             due = max(due, proven_at + SECOND_PROOF_MS)
         return max(due, self._postponed.get(period, 0))
-
-    def _reason(self, period: int) -> GapReason:
-        ledger = self._ledger
-        if period in ledger.empty or period in ledger.suspected:
-            return GapReason.NO_TRADES
-        if period < self._not_offered_before:
-            return GapReason.NOT_OFFERED
-        return GapReason.UNREACHABLE if self._unreachable else GapReason.PENDING
 
     def _periods(self, run: TimeRange) -> range:
         return range(run.start, run.end, self._step)

@@ -35,6 +35,8 @@ RUNNERS: Final = 8
 QUEUE_BOUND: Final = 10_000
 FIRST_PAUSE_S: Final = 0.5
 LONGEST_PAUSE_S: Final = 30.0
+# A pause that the exchange asks for is kept up to this.
+LONGEST_ASKED_FOR_S: Final = 3600.0
 
 log = structlog.get_logger(__name__)
 
@@ -50,14 +52,17 @@ class Outage:
         self._until = 0.0
         self._probing = False
 
-    def enter(self) -> None:
+    def enter(self) -> bool:
         """Let a request out; during an outage that is one probe at a time.
+
+        Returns:
+            Whether the request is that probe.
 
         Raises:
             ExchangeUnavailable: it is too early to ask again.
         """
         if self._failures == 0:
-            return
+            return False
         if self._probing or self._clock.monotonic() < self._until:
             raise ExchangeUnavailable(
                 f"{self._exchange} could not be asked a moment ago and is left alone until the "
@@ -65,6 +70,7 @@ class Outage:
                 retry_after=self.retry_in,
             )
         self._probing = True
+        return True
 
     def answered(self) -> None:
         if self._failures:
@@ -72,20 +78,21 @@ class Outage:
         self._failures = 0
         self._probing = False
 
-    def failed(self, error: ExchangeError) -> None:
-        if self._failures and not self._probing:
+    def failed(self, error: ExchangeError, *, probe: bool) -> None:
+        if self._failures and not probe:
             return  # sent before the outage began: no further failure
         if self._failures == 0:
             log.warning("exchange_cannot_be_asked", exchange=self._exchange, error=error.message)
         pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failures, 16))
-        pause = max(pause * self._rng.uniform(0.75, 1.25), error.retry_after or 0.0)
+        asked_for = min(error.retry_after or 0.0, LONGEST_ASKED_FOR_S)
+        pause = max(pause * self._rng.uniform(0.75, 1.25), asked_for)
         self._failures += 1
         self._until = self._clock.monotonic() + pause
         self._probing = False
 
-    def released(self) -> None:
+    def released(self, *, probe: bool) -> None:
         """The request ended without an answer of the exchange, such as by cancellation."""
-        self._probing = False
+        self._probing = self._probing and not probe
 
     @property
     def retry_in(self) -> float:
@@ -202,7 +209,7 @@ class SettlingWorker:
         direct = asking(self._client, priority)
 
         async def ask(state: SeriesState, page: TimeRange) -> HistoricalData:
-            self._outage.enter()
+            probe = self._outage.enter()
             try:
                 answer = await direct(state, page)
             except (BadExchangeAnswer, ExchangeRefused):
@@ -210,10 +217,10 @@ class SettlingWorker:
                 self._outage.answered()
                 raise
             except ExchangeError as exc:
-                self._outage.failed(exc)
+                self._outage.failed(exc, probe=probe)
                 raise
             except BaseException:
-                self._outage.released()
+                self._outage.released(probe=probe)
                 raise
             self._outage.answered()
             return answer

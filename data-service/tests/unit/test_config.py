@@ -34,12 +34,14 @@ def test_settings_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("EXCHANGE_QUOTES", "eur, usd ,")
     monkeypatch.setenv("EXCHANGE_PREFERENCES", '{"btc": ["Crypto.com"]}')
     monkeypatch.setenv("EXCHANGE_ENDPOINTS", '{"Crypto.com": "http://127.0.0.1:9400"}')
+    monkeypatch.setenv("EXCHANGE_CREDENTIALS", '{"Crypto.com": {"apiKey": "k"}}')
     monkeypatch.setenv("MARKET_CLOCK", '{"origin": 1, "market": 2, "speed": 60}')
     monkeypatch.setenv("LOG_LEVEL", "warning")
     settings = load_settings()
     assert settings.exchange_quotes == ("EUR", "USD")
     assert settings.exchange_preferences == {"BTC": ("crypto.com",)}
     assert settings.exchange_endpoints == {"crypto.com": "http://127.0.0.1:9400"}
+    assert set(settings.exchange_credentials) == {"crypto.com"}
     assert settings.market_clock == MarketClock(1, 2, 60)
     assert settings.log_level == "WARNING"
 
@@ -56,10 +58,13 @@ def test_a_file_is_read_and_the_environment_wins(
 @pytest.mark.parametrize(
     ("name", "value", "takes"),
     [
+        ("HOST", "", "at least 1"),
         ("PORT", "seventy", "integer"),
         ("PORT", "70000", "65535"),
         ("STORAGE_TYPE", "floppy", "'local'"),
         ("STORAGE_ROOT", "", "at least 1"),
+        ("STATE_DIR", "", "a folder"),
+        ("TARGET_TABLE_PATH", "", "at least 1"),
         ("EXCHANGES", "kraken", "crypto.com"),
         ("EXCHANGES", "", "crypto.com"),
         ("EXCHANGES", "crypto.com,crypto.com", "each once"),
@@ -68,6 +73,9 @@ def test_a_file_is_read_and_the_environment_wins(
         ("EXCHANGE_PREFERENCES", '{"BTC": ["kraken"]}', "crypto.com"),
         ("EXCHANGE_ENDPOINTS", "{", "a JSON object"),
         ("EXCHANGE_ENDPOINTS", '{"crypto.com": "127.0.0.1"}', "http://127.0.0.1:9400"),
+        ("EXCHANGE_ENDPOINTS", '{"crypto.com": "http://[::1"}', "http://127.0.0.1:9400"),
+        ("EXCHANGE_ENDPOINTS", '{"crypto.com": "http://localhost:x"}', "http://127.0.0.1:9400"),
+        ("EXCHANGE_ENDPOINTS", '{"crypto.com": "http://localhost:99999"}', "http://127.0.0.1:9400"),
         ("EXCHANGE_ENDPOINTS", '{"kraken": "http://127.0.0.1"}', "crypto.com"),
         ("EXCHANGE_CREDENTIALS", "hunter2-is-secret", "a JSON object"),
         ("EXCHANGE_CREDENTIALS", '{"kraken": {"secret": "hunter2-is-secret"}}', "crypto.com"),
@@ -90,6 +98,13 @@ def test_a_wrong_setting_is_one_line_that_names_it_and_what_it_takes(
     assert takes in wrong.value.message
     assert "\n" not in wrong.value.message
     assert "hunter2" not in wrong.value.message
+
+
+def test_a_file_that_is_no_text_is_one_line_without_its_content(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"AUTH_SECRET=hunter2-\xff\n")
+    with pytest.raises(ConfigurationError) as wrong:
+        load_settings()
+    assert wrong.value.message == ".env: takes a text file in UTF-8"
 
 
 def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from domain.gap import Gap, GapReason
+from domain.gap import Gap, GapReason, joined
 from domain.time_range import TimeRange
 from exchange_source.interfaces import ExchangeUnavailable
-from historical.fetcher import HistoricalFetcher, joined
+from historical.fetcher import HistoricalFetcher
 from historical.interfaces import ResolvedSeries
 from tests.support.collecting import Collecting
 from tests.support.market import BTC_5M, FIVE, HOUR, T0, candle, candles, entry
