@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import ccxt.async_support
@@ -137,12 +138,10 @@ async def main() -> None:
                 mine, other = base / f"ours-{repeat}", base / f"theirs-{repeat}"
                 mine.mkdir()
                 other.mkdir()
-                figures["settle"].append(await timed(lambda root=mine: settled(sandbox, root)))
-                figures["paged"].append(
-                    await timed(lambda root=other: paged_by_hand(sandbox, root))
-                )
-                figures["read"].append(await timed(lambda root=mine: read_back(root)))
-                figures["rglob"].append(await timed(lambda root=mine: read_by_hand(root)))
+                figures["settle"].append(await timed(partial(settled, sandbox, mine)))
+                figures["paged"].append(await timed(partial(paged_by_hand, sandbox, other)))
+                figures["read"].append(await timed(partial(read_back, mine)))
+                figures["rglob"].append(await timed(partial(read_by_hand, mine)))
     finally:
         shutil.rmtree(base)
     show(

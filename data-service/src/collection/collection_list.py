@@ -57,6 +57,10 @@ class CoinCollectionList:
         self._targets[target.series] = target
         return target
 
+    async def set_enabled(self, target: Target, *, enabled: bool) -> None:
+        """Write through whether a target is resumed at the next start."""
+        await self._table.update_target(target.target_id, enabled=enabled)
+
     async def remove(self, target: Target) -> None:
         """Take a target from the table and the list."""
         await self._table.delete_target(target.target_id)

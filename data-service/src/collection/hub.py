@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -34,12 +34,15 @@ from domain.entry import Entry
 from domain.gap import Gap, GapReason
 from domain.series import Series
 from domain.time_range import TimeRange
+from errors import CoinNotAvailable
 from reconciliation.interfaces import ISeriesView
 from storage.interfaces import Change, IStorageManager, Stored
 
 # How long (market ms) an unsettled period may hold back those after it.
 ORDER_PATIENCE_MS: Final = 60_000
 QUEUE_BOUND: Final = 2_000
+# Reasons of gaps that may still close.
+OPEN: Final = (GapReason.PENDING, GapReason.UNREACHABLE)
 # Told gaps older than the newest of these are not announced again when they are filled.
 TOLD_GAPS_BOUND: Final = 20_000
 
@@ -56,23 +59,32 @@ class Subscription:
         self._overrun = False
         self.last_closed = topic.next_open - topic.step
         """The open of the newest closed period told before this subscription began."""
-        self._expected: set[int] = set()
+        self._ended = False
+        self._expected: dict[int, GapReason] = {}
 
-    def expect(self, periods: Iterable[int]) -> None:
-        """Periods before this subscription's start whose entries, once they settle, are told as
-        late, because their gap was told in a replay."""
+    def expect(self, periods: Mapping[int, GapReason]) -> None:
+        """Periods before this subscription's start whose gap a replay tells: what settles there
+        is told as late."""
         self._expected.update(periods)
 
     def no_longer_expect(self, periods: Iterable[int]) -> None:
         """These were told after all."""
-        self._expected.difference_update(periods)
+        for period in periods:
+            self._expected.pop(period, None)
 
     def is_expected(self, period: int) -> bool:
         """Whether the period's gap was told in a replay; asking takes it off the list."""
-        if period in self._expected:
-            self._expected.discard(period)
-            return True
-        return False
+        return self._expected.pop(period, None) is not None
+
+    def newly_proven(self) -> list[Gap]:
+        """The gaps that a replay told as open and that are proven to have no trades by now."""
+        found = []
+        for period in [period for period, told in self._expected.items() if told in OPEN]:
+            for gap in self._topic.view.gaps(TimeRange(period, period + self._topic.step)):
+                if gap.reason is GapReason.NO_TRADES:
+                    self._expected[period] = gap.reason
+                    found.append(gap)
+        return found
 
     def offer(self, event: StreamEvent) -> None:
         """Queue what must be told; a full queue ends the subscription."""
@@ -101,6 +113,7 @@ class Subscription:
 
         Raises:
             SlowConsumer: the queue was full.
+            CoinNotAvailable: the series is not collected any more.
         """
         while True:
             if self._overrun:
@@ -113,6 +126,8 @@ class Subscription:
             elif self._forming is not None:
                 forming, self._forming = self._forming, None
                 yield forming
+            elif self._ended:
+                raise _not_told(self._topic.series)
             else:
                 self._wakes.clear()
                 await self._wakes.wait()
@@ -122,6 +137,11 @@ class Subscription:
         taken = list(self._queue)
         self._queue.clear()
         return taken
+
+    def end(self) -> None:
+        """Tell what waits, and then that there is nothing more."""
+        self._ended = True
+        self._wakes.set()
 
     def close(self) -> None:
         """Leave; idempotent."""
@@ -134,6 +154,7 @@ class _Topic:
 
     view: ISeriesView
     next_open: int
+    opened_at: int
     subscriptions: set[Subscription] = field(default_factory=set)
     fresh: dict[int, Entry] = field(default_factory=dict)
     told_gaps: dict[int, GapReason] = field(default_factory=dict)
@@ -148,6 +169,15 @@ class _Topic:
     @property
     def step(self) -> int:
         return self.series.interval.milliseconds
+
+    def patience_ends(self, period: int) -> int:
+        """Until when (market ms) an open period may hold the order; a series that was just opened
+        on old periods first gets the time to settle them."""
+        return max(period + self.step, self.opened_at) + ORDER_PATIENCE_MS
+
+
+def _not_told(series: Series) -> CoinNotAvailable:
+    return CoinNotAvailable(f"{series} is not collected any more; add it again")
 
 
 class Hub:
@@ -164,11 +194,14 @@ class Hub:
 
     def open(self, view: ISeriesView, next_open: int) -> None:
         """Begin to tell a series; ``next_open`` is the first period to be told."""
-        self._topics.setdefault(view.series, _Topic(view=view, next_open=next_open))
+        opened = _Topic(view=view, next_open=next_open, opened_at=self._clock.now_ms())
+        self._topics.setdefault(view.series, opened)
 
     def close(self, series: Series) -> None:
-        """Stop telling a series."""
-        self._topics.pop(series, None)
+        """Stop telling a series; its subscriptions end with ``CoinNotAvailable``."""
+        topic = self._topics.pop(series, None)
+        for subscription in topic.subscriptions if topic is not None else ():
+            subscription.end()
 
     def subscriber_count(self, series: Series) -> int:
         """How many read the series."""
@@ -186,9 +219,11 @@ class Hub:
         """Read a series from now on.
 
         Raises:
-            KeyError: the series is not told.
+            CoinNotAvailable: the series is not told.
         """
-        topic = self._topics[series]
+        topic = self._topics.get(series)
+        if topic is None:
+            raise _not_told(series)
         subscription = Subscription(topic, self._queue_bound)
         topic.subscriptions.add(subscription)
         if topic.forming is not None:
@@ -220,7 +255,7 @@ class Hub:
             self._tell(topic, ClosedCandle(entry, late=True))
         elif stored.change is Change.REVISED:
             self._tell(topic, ClosedCandle(entry))
-        elif stored.change is Change.ADDED:
+        else:
             for subscription in topic.subscriptions:
                 if subscription.is_expected(entry.timestamp):
                     subscription.offer(ClosedCandle(entry, late=True))
@@ -236,7 +271,7 @@ class Hub:
     def next_deadline(self, series: Series) -> int | None:
         """When (market ms) the next period's gap is told, should it not settle before."""
         topic = self._topics.get(series)
-        return topic.next_open + topic.step + ORDER_PATIENCE_MS if topic is not None else None
+        return topic.patience_ends(topic.next_open) if topic is not None else None
 
     def publish_status(self, status: StatusTold) -> None:
         """Tell the subscribers of an exchange, or all, what changed behind them."""
@@ -247,6 +282,7 @@ class Hub:
     async def _advance(self, topic: _Topic) -> None:
         step, now = topic.step, self._clock.now_ms()
         due = TimeRange(topic.next_open, topic.series.interval.floor(now))
+        self._tell_proven_late(topic)
         if not due:
             return
         await self._fetch_unread(topic, due)
@@ -263,13 +299,11 @@ class Hub:
                 self._tell(topic, ClosedCandle(entry))
                 continue
             reason = reasons.get(period, GapReason.PENDING)
-            patient = now - (period + step) < ORDER_PATIENCE_MS
-            if reason in (GapReason.PENDING, GapReason.UNREACHABLE) and patient:
+            if reason in OPEN and now < topic.patience_ends(period):
                 break
             topic.next_open = period + step
             self._note_gap(topic, period, reason)
             self._tell(topic, GapTold(Gap(TimeRange(period, period + step), reason)))
-        self._tell_proven_late(topic)
 
     async def _fetch_unread(self, topic: _Topic, due: TimeRange) -> None:
         """Read what is stored beyond the mark and was not published by this process."""
@@ -292,12 +326,15 @@ class Hub:
     def _tell_proven_late(self, topic: _Topic) -> None:
         """Tell that a period whose gap was told as open is now proven to have no trades."""
         for period, told in list(topic.told_gaps.items()):
-            if told is GapReason.NO_TRADES:
+            if told not in OPEN:
                 continue
             for gap in topic.view.gaps(TimeRange(period, period + topic.step)):
                 if gap.reason is GapReason.NO_TRADES:
                     topic.told_gaps[period] = gap.reason
                     self._tell(topic, GapTold(gap, late=True))
+        for subscription in topic.subscriptions:
+            for gap in subscription.newly_proven():
+                subscription.offer(GapTold(gap, late=True))
 
     def _note_gap(self, topic: _Topic, period: int, reason: GapReason) -> None:
         topic.told_gaps[period] = reason

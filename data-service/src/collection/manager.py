@@ -31,10 +31,11 @@ from collection.interfaces import (
 from collection.keeper import SeriesKeeper
 from collection.processor import RealTimeProcessor
 from domain.clock import IClock
+from domain.gap import Gap, GapReason, joined
 from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
-from errors import CoinNotAvailable, InvalidRequest
+from errors import CoinNotAvailable, DataServiceError, InvalidRequest
 from exchange_source.interfaces import (
     ExchangeUnavailable,
     IDataSourceConnector,
@@ -137,7 +138,9 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                 if exchange in (None, target.exchange):
                     kept = self._kept.get(target.series)
                     if kept is not None:
-                        kept.keeper.removing = False
+                        if kept.keeper.removing:
+                            await self._collection.set_enabled(target, enabled=True)
+                            kept.keeper.removing = False
                         return AddCoinResult("already_collecting", kept.keeper.status())
             now = self._clock.now_ms()
             if since is not None and since > now:
@@ -185,6 +188,9 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             status = kept.keeper.status()
             if self._hub.subscriber_count(kept.keeper.series) == 0:
                 await self._drop(kept.keeper)
+            else:
+                # What was answered holds, also when this process does not live to the end of it.
+                await self._collection.set_enabled(found[0], enabled=False)
             return status
 
     async def check_availability(self, coin: str, *, exchange: str | None = None) -> Availability:
@@ -248,18 +254,27 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         series, step = keeper.series, keeper.series.interval.milliseconds
         end = subscription.last_closed + step
         told: dict[int, int] = {}
+        without_trades: set[int] = set()
         at = series.interval.ceil(from_ms)
+        await keeper.view.load(TimeRange(at, end))
         while at < end:
+            known = keeper.view.gaps(TimeRange(at, end))
+            if known and known[0].range.start == at and known[0].reason is GapReason.NOT_OFFERED:
+                # Years perhaps: one gap and not one a page.
+                yield GapTold(known[0])
+                at = known[0].range.end
+                continue
             window = TimeRange(at, min(end, at + REPLAY_PERIODS * step))
             await self._reconciler.settle(
                 series, keeper.target.market, window, priority=Priority.REQUEST
             )
-            gaps = keeper.view.gaps(window)
-            missing = [
-                period for gap in gaps for period in range(gap.range.start, gap.range.end, step)
-            ]
+            reasons = {
+                period: gap.reason
+                for gap in keeper.view.gaps(window)
+                for period in range(gap.range.start, gap.range.end, step)
+            }
             # Before reading: what settles from now on is either read or told as late.
-            subscription.expect(missing)
+            subscription.expect(reasons)
             entries = await self._storage.get_raw_data_range(
                 series.exchange,
                 series.coin,
@@ -272,11 +287,16 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             events: list[tuple[int, StreamEvent]] = [
                 (entry.timestamp, ClosedCandle(entry)) for entry in entries
             ]
-            events += [
-                (gap.range.start, GapTold(gap))
-                for gap in gaps
-                if not found.intersection(range(gap.range.start, gap.range.end, step))
+            # A document that is listed and cannot be read is neither: it is told as pending.
+            left = [
+                Gap(TimeRange(period, period + step), reasons.get(period, GapReason.PENDING))
+                for period in range(window.start, window.end, step)
+                if period not in found
             ]
+            events += [(gap.range.start, GapTold(gap)) for gap in joined(left)]
+            without_trades.update(
+                gap.range.start for gap in left if gap.reason is GapReason.NO_TRADES
+            )
             told.update((entry.timestamp, entry.revision) for entry in entries)
             for _, event in sorted(events, key=lambda item: item[0]):
                 yield event
@@ -286,6 +306,8 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                 isinstance(event, ClosedCandle)
                 and told.get(event.entry.timestamp, 0) >= event.entry.revision
             ):
+                continue
+            if isinstance(event, GapTold) and event.gap.range.start in without_trades:
                 continue
             yield event
 
@@ -412,23 +434,31 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         """Finish a removal that waited for its last subscriber."""
         async with self._lock(keeper.series.coin):
             if keeper.removing and self._hub.subscriber_count(keeper.series) == 0:
-                await self._drop(keeper)
+                try:
+                    await self._drop(keeper)
+                except DataServiceError as exc:
+                    # Disabled it is already: the next start, or the next one who leaves, drops it.
+                    log.warning("target_not_removed", series=str(keeper.series), error=exc.message)
 
     async def _drop(self, keeper: SeriesKeeper) -> None:
         if keeper.series not in self._kept:
             return
-        await self._collection.remove(keeper.target)
+        # First of all nobody can subscribe any more: whoever did would wait for ever.
         await self._stop([keeper.series])
+        try:
+            await self._collection.remove(keeper.target)
+        except DataServiceError:
+            self._keep(keeper.target).removing = keeper.removing
+            raise
         log.info("target_removed", target=keeper.target.target_id)
 
     async def _stop(self, serieses: Sequence[Series]) -> None:
         kept = [self._kept.pop(series) for series in serieses]
         for item in kept:
+            self._hub.close(item.keeper.series)
             item.task.cancel()
         if kept:
             await asyncio.wait([item.task for item in kept])
-        for item in kept:
-            self._hub.close(item.keeper.series)
 
     def _lock(self, coin: str) -> asyncio.Lock:
         lock = self._locks.get(coin)

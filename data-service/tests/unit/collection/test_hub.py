@@ -233,7 +233,7 @@ async def test_a_subscription_that_left_is_told_nothing() -> None:
 async def test_what_settles_where_a_replay_told_a_gap_comes_late_to_that_reader_alone() -> None:
     world = World()
     replayed, other = world.hub.subscribe(BTC_5M), world.hub.subscribe(BTC_5M)
-    replayed.expect([T0 - FIVE])
+    replayed.expect({T0 - FIVE: GapReason.PENDING})
     stored = Stored(entry(T0 - FIVE), Change.ADDED)
     world.hub.publish_stored(stored)
     world.hub.publish_stored(stored)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -23,9 +23,10 @@ from domain.time_range import TimeRange
 from errors import CoinNotAvailable, InvalidRequest, UnknownExchange
 from exchange_source.interfaces import ExchangeUnavailable, Priority
 from storage.interfaces import StorageUnavailable
+from target_management.interfaces import TargetStoreUnavailable
 from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
-from tests.support.market import BTC_5M, FIVE, HOUR, MINUTE, T0, book
+from tests.support.market import BTC_5M, FIVE, HOUR, MINUTE, T0, book, candle, entry
 
 Event = TypeVar("Event", bound=StreamEvent)
 
@@ -445,3 +446,165 @@ async def test_a_market_that_falls_silent_is_asked_at_most_twice_a_minute() -> N
         asked = len(world.exchange.asked)
         await world.pass_time(3 * HOUR)
         assert len(world.exchange.asked) - asked < 2 * 3 * 60
+
+
+async def test_a_period_that_settles_while_a_replay_reads_hides_none_of_its_neighbours() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(MINUTE)
+        world.exchange.fail_with = ExchangeUnavailable("503")
+        await world.pass_time(25 * MINUTE)
+        end = world.clock.now_ms() // FIVE * FIVE
+        read = world.raw.get_range
+
+        async def settle_one_then_read(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+            world.raw.get_range = read  # type: ignore[method-assign]
+            await world.processor.process_settled([entry(end - 3 * FIVE)])
+            return await read(*args, **kwargs)
+
+        world.raw.get_range = settle_one_then_read  # type: ignore[method-assign]
+        async with aclosing(
+            world.manager.stream_realtime_data("BTC", from_ms=end - 6 * FIVE)
+        ) as events:
+            await anext(events)
+            covered: list[int] = []
+            while len(covered) < 6:
+                event = await anext(events)
+                if isinstance(event, ClosedCandle):
+                    covered.append(event.entry.timestamp)
+                elif isinstance(event, GapTold):
+                    covered += range(event.gap.range.start, event.gap.range.end, FIVE)
+        assert covered == [end - at * FIVE for at in (6, 5, 4, 3, 2, 1)]
+
+
+async def test_an_open_gap_of_a_replay_is_told_again_when_it_is_proven_to_have_no_trades() -> None:
+    world = Collecting()
+    hole = T0 + 19 * HOUR
+    del world.exchange.candles["BTC/USD", "5m"][hole]
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        world.exchange.fail_with = ExchangeUnavailable("503")
+        await world.pass_time(5_000)
+        async with aclosing(world.manager.stream_realtime_data("BTC", from_ms=hole)) as events:
+            assert (await first_of(GapTold, events)).gap.reason is GapReason.UNREACHABLE
+            world.exchange.fail_with = None
+            await world.pass_time(4 * MINUTE)
+            late = await first_of(GapTold, events)
+        assert (late.gap.range.start, late.gap.reason, late.late) == (
+            hole,
+            GapReason.NO_TRADES,
+            True,
+        )
+
+
+async def test_whoever_subscribes_while_a_coin_is_removed_is_told_so() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        deleting, delete = asyncio.Event(), world.targets.delete_target
+
+        async def slowly(target_id: str) -> bool:
+            await deleting.wait()
+            return await delete(target_id)
+
+        world.targets.delete_target = slowly  # type: ignore[method-assign]
+        removal = asyncio.create_task(world.manager.remove_coin("BTC"))
+        await settle_loop()
+        with pytest.raises(CoinNotAvailable):
+            await anext(world.manager.stream_realtime_data("BTC"))
+        deleting.set()
+        await removal
+
+
+async def test_a_removal_that_waits_for_subscribers_survives_the_process() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
+            await anext(events)
+            await world.manager.remove_coin("BTC")
+            assert await world.targets.list_targets(enabled=True) == []
+            await world.manager.add_coin("BTC")
+            assert len(await world.targets.list_targets(enabled=True)) == 1
+
+
+async def test_a_removal_that_the_table_refuses_leaves_the_coin_collected() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        world.targets.fail_with = TargetStoreUnavailable("away")
+        with pytest.raises(TargetStoreUnavailable):
+            await world.manager.remove_coin("BTC")
+        world.targets.fail_with = None
+        await world.pass_time(FIVE)
+        assert await world.stored() == world.wanted()
+
+
+async def test_a_document_found_broken_is_fetched_again_within_an_hour_or_so() -> None:
+    world = Collecting()
+    broken = T0 + 20 * HOUR
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(30_000)
+        await world.raw.save_entry("crypto.com", "BTC", broken, {"torn": True})
+        assert broken not in await world.stored()
+        await world.pass_time(HOUR + 2 * MINUTE)
+        assert await world.stored() == world.wanted()
+
+
+async def test_a_correction_is_told_also_when_its_batch_failed_after_writing_it() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(FIVE + 10_000)
+        period = T0 + 24 * HOUR
+        async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
+            await anext(events)
+            world.exchange.put("BTC/USD", "5m", [candle(period, close=77.0)])
+            save = world.raw.save_entries
+
+            async def write_then_fail(*args: Any, **kwargs: Any) -> None:
+                world.raw.save_entries = save  # type: ignore[method-assign]
+                await save(*args, **kwargs)
+                raise StorageUnavailable("half way")
+
+            world.raw.save_entries = write_then_fail  # type: ignore[method-assign]
+            await world.pass_time(10 * MINUTE)
+            corrected = await first_of(ClosedCandle, events)
+        assert (corrected.entry.timestamp, corrected.entry.revision) == (period, 2)
+
+
+async def test_a_book_that_two_targets_share_outlives_one_of_them() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.manager.add_coin("BTC/USD")
+        await world.pass_time(5_000)
+        await world.manager.remove_coin("BTC/USD")
+        close = T0 + 24 * HOUR + FIVE
+        world.exchange.book = book(close)
+        await world.pass_time(FIVE + 10_000)
+        newest = await world.storage.get_latest_entry("crypto.com", "BTC")
+        assert newest is not None
+        assert newest.order_book == book(close)
+        assert world.exchange.requests["fetch_order_book"] == 0
+
+
+async def test_a_replay_from_before_everything_tells_what_is_not_offered_as_one_gap() -> None:
+    world = Collecting()
+    world.exchange.history_ms = 2 * 24 * HOUR
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(30_000)
+        async with aclosing(world.manager.stream_realtime_data("BTC", from_ms=0)) as events:
+            told = [
+                await first_of(GapTold, events),
+                await first_of(GapTold, events),
+                await first_of(ClosedCandle, events),
+            ]
+        assert isinstance(told[2], ClosedCandle)
+        assert told[2].entry.timestamp == T0

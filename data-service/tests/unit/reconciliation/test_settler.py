@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from domain.candle import Candle
+from domain.entry import Entry
 from domain.gap import Gap, GapReason
+from domain.interval import Interval
+from domain.series import Series
 from domain.time_range import TimeRange
 from exchange_source.interfaces import ExchangeRefused, ExchangeUnavailable, Priority
 from reconciliation.interfaces import SettleReport
@@ -23,7 +26,7 @@ from storage.manager import StorageManagerImpl
 from storage.path_utility import StoragePathUtility
 from tests.support.clock import ManualClock
 from tests.support.exchange import FakeExchange
-from tests.support.market import BTC_5M, FIVE, HOUR, MINUTE, T0, book, candle, candles
+from tests.support.market import BTC_5M, DAY, FIVE, HOUR, MINUTE, T0, book, candle, candles
 from tests.support.storage import InMemoryStorage
 
 
@@ -190,6 +193,27 @@ async def test_without_a_ledger_the_last_two_hours_before_the_newest_entry_are_o
     world.restart()
     await world.state.load(TimeRange(T0, T0 + 6 * HOUR))
     assert world.state.looks_due() == TimeRange(T0 + 4 * HOUR, T0 + 6 * HOUR)
+
+
+async def test_without_a_ledger_the_newest_daily_candle_is_owed_its_look_too() -> None:
+    clock = ManualClock(T0 + 10 * DAY + 2 * HOUR)
+    exchange = FakeExchange(clock)
+    daily = Series("crypto.com", "BTC", Interval.parse("1d"))
+    exchange.put("BTC/USD", "1d", candles(T0, 20, step=DAY))
+    storage = StorageManagerImpl(InMemoryStorage())
+    provisional = candle(T0 + 9 * DAY, close=1.5)
+    await storage.store_raw_data(Entry(series=daily, market="BTC/USD", candle=provisional))
+    state = SeriesState(daily, "BTC/USD", storage, clock)
+    await settle(
+        state,
+        TimeRange(T0, T0 + 10 * DAY),
+        asking(exchange, Priority.LIVE),
+        page_periods=298,
+    )
+    newest = await storage.get_latest_entry("crypto.com", "BTC", interval="1d")
+    assert newest is not None
+    assert newest.candle == candle(T0 + 9 * DAY)
+    assert state.next_look_at() is None
 
 
 async def test_what_the_exchange_does_not_offer_is_told_so_and_not_asked_on_and_on() -> None:
