@@ -157,8 +157,10 @@ class Settings(BaseSettings):
         ):
             unknown = sorted(set(names) - set(KNOWN_EXCHANGES))
             if unknown:
+                # The names are not repeated: one of them may be a secret in the wrong place.
                 raise ValueError(
-                    f"{setting} names {', '.join(unknown)}; it takes {', '.join(KNOWN_EXCHANGES)}"
+                    f"{setting} names {len(unknown)} exchanges that do not exist; it takes "
+                    f"{', '.join(KNOWN_EXCHANGES)}"
                 )
         return self
 

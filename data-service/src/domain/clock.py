@@ -77,7 +77,7 @@ class MarketClock(IClock):
                 market=int(fields["market"]),
                 speed=float(fields["speed"]),
             )
-        except (ValueError, TypeError, KeyError) as exc:
+        except (ValueError, TypeError, KeyError, OverflowError) as exc:
             raise ValueError(f"takes {takes}") from exc
         if not 0 < clock.speed <= 100_000:
             raise ValueError(f"takes {takes} with a speed above 0 and up to 100000")

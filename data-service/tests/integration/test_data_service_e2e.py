@@ -180,7 +180,7 @@ async def test_a_recorded_series_flows_from_the_exchange_to_agents_clients_and_d
                 interval=record.interval,
                 **{"from": told},
             )
-            assert (await feed.next("subscribed"))["last_closed"] >= told
+            assert (await feed.next("subscribed"))["last_closed"] >= told - record.step
             told = await follow(feed, record, told, periods=4)
 
             async def nothing_open() -> bool:

@@ -85,6 +85,8 @@ def test_a_file_is_read_and_the_environment_wins(
         ("AUTH_USERS", "hunter2-is-secret", "a JSON object"),
         ("LOG_FORMAT", "xml", "'console' or 'json'"),
         ("MARKET_CLOCK", "fast", "speed"),
+        ("MARKET_CLOCK", '{"origin": 1e400, "market": 0, "speed": 1}', "speed"),
+        ("EXCHANGE_CREDENTIALS", '{"hunter2-is-secret": {"secret": "x"}}', "crypto.com"),
         ("MARKET_CLOCK", '{"origin": 0, "market": 0, "speed": 0}', "above 0"),
     ],
 )
