@@ -226,7 +226,7 @@ class Hub:
             raise _not_told(series)
         subscription = Subscription(topic, self._queue_bound)
         topic.subscriptions.add(subscription)
-        if topic.forming is not None:
+        if topic.forming is not None and topic.forming.timestamp >= topic.next_open:
             subscription.offer_forming(FormingCandle(topic.forming))
         return subscription
 

@@ -527,6 +527,7 @@ class TestDisconnection:
             _, subscription = await subscribe(client, world)
             client.transport.abort()
             await asyncio.wait_for(subscription.closed.wait(), WAIT_S)
+        assert world.collection.subscriptions == []
 
     async def test_one_client_that_leaves_does_not_disturb_another(
         self, server: Server, world: World

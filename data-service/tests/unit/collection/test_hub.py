@@ -194,6 +194,23 @@ async def test_a_forming_candle_of_a_period_that_was_told_closed_is_dropped() ->
     assert seen[1] == FormingCandle(candle(T0 + FIVE))
 
 
+async def test_a_new_reader_gets_the_forming_candle_but_not_one_of_a_closed_period() -> None:
+    world = World()
+    world.hub.publish_forming(BTC_5M, candle(T0, close=100))
+    early = world.hub.subscribe(BTC_5M)
+    assert await anext(early.events()) == FormingCandle(candle(T0, close=100))
+    await world.clock.advance(FIVE + 10_000)
+    await world.settle()
+    late = world.hub.subscribe(BTC_5M)
+    world.hub.publish_status(StatusTold("storage", "connected", T0))
+    assert isinstance(await anext(late.events()), StatusTold)
+    waiting = asyncio.ensure_future(anext(late.events()))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    world.hub.publish_forming(BTC_5M, candle(T0 + FIVE))
+    assert await waiting == FormingCandle(candle(T0 + FIVE))
+
+
 async def test_a_slow_reader_is_told_so_and_does_not_slow_the_others() -> None:
     world = World(queue_bound=2)
     slow, fast = world.hub.subscribe(BTC_5M), world.hub.subscribe(BTC_5M)

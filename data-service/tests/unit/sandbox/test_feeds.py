@@ -179,6 +179,7 @@ async def test_a_message_above_64_kib_ends_the_connection() -> None:
         await listener.ws.send_str("x" * (64 * 1024 + 1))
         await listener.ended()
         await eventually(lambda: sandbox.hub.open_sockets == 0)
+        assert listener.ws.closed
 
 
 async def test_a_heartbeat_that_is_answered_keeps_the_socket_and_one_that_is_not_ends_it() -> None:

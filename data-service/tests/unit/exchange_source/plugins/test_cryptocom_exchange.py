@@ -702,13 +702,17 @@ class TestCandleStream:
     ) -> None:
         handles: list[IStreamHandle] = []
 
-        async def stop(_: CandleUpdate) -> None:
+        told: list[CandleUpdate] = []
+
+        async def stop(update: CandleUpdate) -> None:
+            told.append(update)
             await handles[0].stop()
 
         handles.append(await exchange.start_realtime_stream(BTC, "1m", stop))
         await server.received("subscribe")
         await server.send_candles(BTC, "1m", candle(0))
         await ended(handles[0])
+        assert [update.candle for update in told] == [candle(0)]
 
     async def test_a_callback_that_fails_ends_its_stream_with_its_error(
         self, exchange: CryptocomExchange, server: CryptoComServer
@@ -985,4 +989,7 @@ class TestClosing:
                 await running
 
     async def test_closing_a_client_that_never_connected(self, clock: ManualClock) -> None:
-        await CryptocomExchange(clock=clock).close()
+        exchange = CryptocomExchange(clock=clock)
+        await exchange.close()
+        with pytest.raises(ExchangeUnavailable, match="closed"):
+            await exchange.check_coin_availability("BTC")
