@@ -22,8 +22,8 @@ def encode_document(path: str, data: Mapping[str, Any]) -> bytes:
         raise InvalidEntry(f"{path}: the document is not expressible as JSON: {exc}") from exc
 
 
-def decode_document(content: bytes) -> dict[str, Any] | None:
-    """The document, or None when the bytes are no JSON object."""
+def read_json(_: int, content: bytes) -> dict[str, Any] | None:
+    """The document as JSON says it, or None when the bytes are no JSON object."""
     try:
         document = orjson.loads(content)
     except orjson.JSONDecodeError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -13,9 +13,17 @@ from domain.entry import Entry
 from domain.interval import DEFAULT_INTERVAL
 from domain.time_range import TimeRange
 from errors import DataServiceError
+from storage.documents import read_json
 
 Timestamp = int | datetime
 """Milliseconds since the epoch, or an aware datetime."""
+
+Decode = Callable[[int, bytes], Any | None]
+"""Makes something of the bytes of the document that is named by a time (ms).
+
+None says that they are no document of that time; a backend reports it and leaves it out. It runs
+where the backend reads, in threads of its own perhaps, and may raise ``StorageError``.
+"""
 
 
 class StorageError(DataServiceError):
@@ -28,8 +36,77 @@ class StorageUnavailable(StorageError):
     retryable = True
 
 
+class StorageDenied(StorageUnavailable):
+    """The storage backend refuses this service: credentials, roles or permissions are wrong.
+
+    It passes once somebody mends them.
+    """
+
+
+class StorageThrottled(StorageUnavailable):
+    """The storage backend is asked too much; ``retry_after`` says how long to leave it alone."""
+
+
+class NotTheCollector(StorageUnavailable):
+    """Another service collects into this root; this one writes nothing."""
+
+
 class StorageConflict(StorageError):
     """What should be stored contradicts what is stored: another market, a root of another kind."""
+
+
+class StaleVersion(StorageError):
+    """What lies there is not what the writer had read; nothing was replaced. Read it again."""
+
+    retryable = True
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A document as it lies in a backend.
+
+    ``content`` is what decoding made of it, or None where it is no document; ``version`` is the
+    backend's own mark of just these bytes, for a later write to expect.
+    """
+
+    content: Any | None
+    version: str
+
+
+class ICollectorLock(ABC):
+    """Who of several services collects into a root.
+
+    Held by one at a time. A holder that dies, or cannot be reached any more, loses it by itself
+    after a while, which ``is_held`` of the holder foresees: it never says yes when another may
+    have it already.
+    """
+
+    @abstractmethod
+    async def acquire(self) -> bool:
+        """Take it, or renew it where it is held; whether this process holds it now.
+
+        Raises:
+            StorageUnavailable: the root cannot be asked; what was held is held until it lapses.
+        """
+
+    @abstractmethod
+    async def release(self) -> None:
+        """Let another take it at once. Idempotent; never raises for a root that is away."""
+
+    @property
+    @abstractmethod
+    def is_held(self) -> bool:
+        """Whether this process surely holds it at this moment."""
+
+    @property
+    @abstractmethod
+    def holder(self) -> str | None:
+        """Who holds it as far as the last try told, for people; None when nobody said."""
+
+    @property
+    @abstractmethod
+    def renew_every_s(self) -> float:
+        """How often ``acquire`` has to be called (real seconds) to keep what is held."""
 
 
 class IRawDataStorage(ABC):
@@ -40,16 +117,29 @@ class IRawDataStorage(ABC):
     - A document appears whole or not at all, also when the process is killed; the last of several
       saves of one entry wins.
     - Ranges are ``[start_time, end_time)`` and results ascend by time.
-    - Files that are no documents of this layout are skipped, never fatal. A document that is no
-      JSON object is reported once; from then on listings leave it out, so that it is repaired like
-      a missing one, until it reads well again.
-    - Blocking work runs off the event loop.
+    - Files that are no documents of this layout are skipped, never fatal, and nothing outside of
+      the root is ever read or written. A document of which ``decode`` makes nothing (by default
+      one that is no JSON object) is reported once; from then on listings leave it out, so that it
+      is repaired like a missing one, until it reads well again or is saved anew.
+    - Blocking work runs off the event loop, and no call hangs.
 
-    Every method raises ``StorageUnavailable`` when the backend is away or refuses for now and
-    ``StorageError`` for any other failure. A name that can stand in no path, a naive datetime, a
-    negative limit or offset and an interval that does not exist are ``InvalidRequest``; a document
-    that JSON cannot express is ``InvalidEntry``.
+    Every method raises ``StorageUnavailable``, or the kind of it that fits, when the backend is
+    away or refuses for now and ``StorageError`` for any other failure. A name that can stand in no
+    path, a naive datetime, a negative limit or offset and an interval that does not exist are
+    ``InvalidRequest``; a document that JSON cannot express is ``InvalidEntry``.
     """
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """Where the root is, without secrets: tells roots apart, and is shown to people."""
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect, make the root where that is allowed, and clean up what killed writers left.
+
+        May be called again after it failed.
+        """
 
     @abstractmethod
     async def save_entry(
@@ -71,10 +161,17 @@ class IRawDataStorage(ABC):
         entries: Sequence[tuple[Timestamp, Mapping[str, Any]]],
         *,
         interval: str = DEFAULT_INTERVAL,
+        expected: Mapping[int, str] | None = None,
     ) -> None:
         """Write many documents of one series, each whole or not at all. Durable when it returns.
 
+        With ``expected``, a document is written only where just that version lies, by the open of
+        its period (ms); a period that it does not name must be absent.
+
         When it raises, some of them may have been written.
+
+        Raises:
+            StaleVersion: something else lies where a version, or nothing, was expected.
         """
 
     @abstractmethod
@@ -96,8 +193,9 @@ class IRawDataStorage(ABC):
         timestamps: Sequence[Timestamp],
         *,
         interval: str = DEFAULT_INTERVAL,
-    ) -> dict[int, dict[str, Any]]:
-        """The documents that are there of those asked, by the open of their period (ms)."""
+        decode: Decode = read_json,
+    ) -> dict[int, Held]:
+        """What lies there of the documents asked, by the open of their period (ms)."""
 
     @abstractmethod
     async def get_range(
@@ -110,7 +208,8 @@ class IRawDataStorage(ABC):
         offset: int = 0,
         *,
         interval: str = DEFAULT_INTERVAL,
-    ) -> list[dict[str, Any]]:
+        decode: Decode = read_json,
+    ) -> list[Any]:
         """Documents of a range, after skipping ``offset``, ``limit`` at most.
 
         Skipping may cost as much as reading: page by ``start_time`` where it matters.
@@ -118,8 +217,13 @@ class IRawDataStorage(ABC):
 
     @abstractmethod
     async def get_latest_entry(
-        self, exchange_name: str, coin_symbol: str, *, interval: str = DEFAULT_INTERVAL
-    ) -> dict[str, Any] | None:
+        self,
+        exchange_name: str,
+        coin_symbol: str,
+        *,
+        interval: str = DEFAULT_INTERVAL,
+        decode: Decode = read_json,
+    ) -> Any | None:
         """The newest document of the series, or None when there is none."""
 
     @abstractmethod
@@ -153,6 +257,14 @@ class IRawDataStorage(ABC):
     @abstractmethod
     async def check_writable(self) -> None:
         """Return when the root can be written, raise ``StorageError`` when it cannot."""
+
+    @abstractmethod
+    async def warnings(self) -> list[str]:
+        """What will become a failure if nobody acts, such as a disk that is nearly full."""
+
+    @abstractmethod
+    def collector_lock(self) -> ICollectorLock:
+        """The lock of this root; one object for each caller, nothing is taken yet."""
 
     @abstractmethod
     async def close(self) -> None:

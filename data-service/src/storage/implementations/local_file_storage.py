@@ -17,9 +17,18 @@ import structlog
 from domain.interval import DEFAULT_INTERVAL
 from domain.time_range import TimeRange
 from errors import InvalidRequest
-from storage.documents import check_page, decode_document, encode_document
+from storage.documents import check_page, encode_document, read_json
 from storage.implementations.disk import Disk
-from storage.interfaces import IRawDataStorage, StorageError, StorageUnavailable, Timestamp
+from storage.interfaces import (
+    Decode,
+    Held,
+    ICollectorLock,
+    IRawDataStorage,
+    StaleVersion,
+    StorageError,
+    StorageUnavailable,
+    Timestamp,
+)
 from storage.path_utility import (
     TEMPORARY_PREFIX,
     StoragePathUtility,
