@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
@@ -15,6 +16,10 @@ from errors import ConfigurationError
 
 KNOWN_EXCHANGES: Final = ("crypto.com",)
 MIN_SECRET_BYTES: Final = 32
+
+# A container's name: letters, digits and single hyphens, as Azure takes it.
+_CONTAINER: Final = re.compile(r"(?=.{3,63}\Z)[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
+_AZURE_HOST: Final = ".blob.core.windows.net"
 
 NameList = Annotated[tuple[str, ...], NoDecode]
 
@@ -30,8 +35,10 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65_535)
 
-    storage_type: Literal["local"] = "local"
+    storage_type: Literal["local", "azure"] = "local"
     storage_root: str = Field(default="./data", min_length=1)
+    azure_storage_connection_string: SecretStr | None = None
+    azure_storage_account_url: str | None = None
     state_dir: Path = Path("./data")
 
     target_storage_type: Literal["local", "azure"] | None = None
@@ -124,6 +131,33 @@ class Settings(BaseSettings):
     def _by_exchange(cls, value: dict[str, Any]) -> dict[str, Any]:
         return {name.lower(): secrets for name, secrets in value.items()}
 
+    @field_validator("azure_storage_connection_string")
+    @classmethod
+    def _connection_string(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None or not value.get_secret_value().strip():
+            return None
+        try:
+            _azure_options(value.get_secret_value())
+        except ValueError:
+            # Not chained: the text holds a secret.
+            raise ValueError(
+                "takes the connection string of a storage account, such as DefaultEndpoints"
+                "Protocol=https;AccountName=...;AccountKey=...;EndpointSuffix=core.windows.net"
+            ) from None
+        return value
+
+    @field_validator("azure_storage_account_url")
+    @classmethod
+    def _account_url(cls, value: str | None) -> str | None:
+        if not value:
+            return None
+        if not _is_base_url(value) or "?" in value or "@" in value:
+            raise ValueError(
+                f"takes the address of a storage account without a signature, such as "
+                f"https://account{_AZURE_HOST}"
+            )
+        return value.rstrip("/")
+
     @field_validator("auth_secret")
     @classmethod
     def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
@@ -147,6 +181,26 @@ class Settings(BaseSettings):
     @classmethod
     def _clock(cls, value: Any) -> Any:
         return MarketClock.parse(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _azure_complete(self) -> Self:
+        if self.storage_type != "azure":
+            return self
+        given = [
+            setting is not None
+            for setting in (self.azure_storage_connection_string, self.azure_storage_account_url)
+        ]
+        if sum(given) != 1:
+            raise ValueError(
+                "AZURE_STORAGE_CONNECTION_STRING, AZURE_STORAGE_ACCOUNT_URL: STORAGE_TYPE azure "
+                f"takes exactly one of them, {'both' if all(given) else 'none'} is set"
+            )
+        if not _CONTAINER.fullmatch(self.storage_root):
+            raise ValueError(
+                f"STORAGE_ROOT: takes the name of a container when STORAGE_TYPE is azure: 3 to 63 "
+                f"lower-case letters, digits and single hyphens, got {self.storage_root!r}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -176,7 +230,68 @@ class Settings(BaseSettings):
             return self.target_table_path
         if self.targets_on == "azure":
             return f"az://{self.storage_root}/targets_delta"
-        return str(Path(self.storage_root) / "targets_delta")
+        # A container is no folder: beside documents on Azure, a local table lies in STATE_DIR.
+        folder = Path(self.storage_root) if self.storage_type == "local" else self.state_dir
+        return str(folder / "targets_delta")
+
+    @property
+    def targets_options(self) -> dict[str, str]:
+        """What the table's Azure client takes: ``AZURE_STORAGE_OPTIONS``, else what the storage's
+        own settings say. Secrets are among it."""
+        if self.azure_storage_options or self.targets_on == "local":
+            return {
+                name: value.get_secret_value() for name, value in self.azure_storage_options.items()
+            }
+        if self.azure_storage_connection_string is not None:
+            return _azure_options(self.azure_storage_connection_string.get_secret_value())
+        if self.azure_storage_account_url is not None:
+            return _account_options(self.azure_storage_account_url)
+        return {}
+
+    @property
+    def redirected(self) -> bool:
+        """Whether an enabled exchange is another than the real one."""
+        return any(name in self.exchange_endpoints for name in self.exchanges)
+
+
+def _azure_options(connection_string: str) -> dict[str, str]:
+    """The options of the table's client that say the same as a connection string.
+
+    Raises:
+        ValueError: it names no account, or nothing to sign with.
+    """
+    fields: dict[str, str] = {}
+    for part in connection_string.strip().strip(";").split(";"):
+        name, found, value = part.partition("=")
+        if not found:
+            raise ValueError("no name=value")
+        fields[name.strip().lower()] = value.strip()
+    endpoint = fields.get("blobendpoint", "").rstrip("/")
+    options = _account_options(endpoint) if endpoint else {}
+    if fields.get("accountname"):
+        options["account_name"] = fields["accountname"]
+    if fields.get("accountkey"):
+        options["account_key"] = fields["accountkey"]
+    elif fields.get("sharedaccesssignature"):
+        options["sas_token"] = fields["sharedaccesssignature"]
+    else:
+        raise ValueError("nothing to sign with")
+    if not options.get("account_name"):
+        raise ValueError("no account")
+    return options
+
+
+def _account_options(account_url: str) -> dict[str, str]:
+    parts = urlsplit(account_url)
+    if not _is_base_url(account_url):
+        raise ValueError("no address of an account")
+    host = parts.hostname or ""
+    if host.endswith(_AZURE_HOST):
+        return {"account_name": host.removesuffix(_AZURE_HOST)}
+    # Beside the real service, an emulator names the account in the path.
+    account = parts.path.strip("/") or host.split(".")[0]
+    options = {"account_name": account, "endpoint": account_url}
+    return options | ({"allow_http": "true"} if parts.scheme == "http" else {})
 
 
 def _is_base_url(text: str) -> bool:

@@ -3,6 +3,7 @@
     DataServiceError
     |-- InvalidRequest            what was asked cannot be done, and what would be right
     |-- InvalidEntry              a candle, book or document breaks the rules of its shape
+    |   `-- UnknownSchema         a document of a schema that this version does not know
     |-- UnknownExchange           no such exchange is enabled
     |-- CoinNotAvailable          no exchange asked lists the coin
     |-- NoData                    nothing stored, nothing to fetch
@@ -15,6 +16,10 @@
     |   `-- ExchangeRefused       terminal: the request itself is wrong for this exchange
     |-- StorageError              storage: the backend did not do what was asked
     |   |-- StorageUnavailable    retryable: away, full or read-only for now
+    |   |   |-- StorageDenied     credentials, roles or permissions are wrong
+    |   |   |-- StorageThrottled  asked too much, retryable after a delay that it named
+    |   |   `-- NotTheCollector   another service collects into this root
+    |   |-- StaleVersion          retryable: somebody else wrote there first
     |   `-- StorageConflict       terminal: an entry of another market, a root of another kind
     `-- TargetError               target_management: the table did not do what was asked
         |-- TargetStoreUnavailable  retryable: the table cannot be reached
@@ -48,6 +53,10 @@ class InvalidRequest(DataServiceError):
 
 class InvalidEntry(DataServiceError):
     """A candle, book or document breaks the rules of its shape."""
+
+
+class UnknownSchema(InvalidEntry):
+    """A document is of a schema that this version does not know: it may be a newer one's."""
 
 
 class UnknownExchange(DataServiceError):

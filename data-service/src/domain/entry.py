@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+import msgspec
 
 from domain.candle import Candle
 from domain.interval import Interval
-from domain.order_book import OrderBook
+from domain.order_book import Level, OrderBook
 from domain.series import Series
-from errors import InvalidEntry, InvalidRequest
+from errors import InvalidEntry, InvalidRequest, UnknownSchema
 
 SCHEMA: Final = 1
 # A book belongs to a period when it was taken this close to the period's end, in ms.
@@ -18,8 +19,7 @@ BOOK_TOLERANCE_MS: Final = 10_000
 Source = Literal["stream", "rest"]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One closed candle of one market.
 
     ``source`` is ``stream`` when the candle was settled as it closed, live, and ``rest`` when it
@@ -65,10 +65,10 @@ class Entry:
         return self.candle.timestamp + self.series.interval.milliseconds
 
     def with_revision(self, revision: int) -> Entry:
-        return replace(self, revision=revision)
+        return msgspec.structs.replace(self, revision=revision)
 
     def with_order_book(self, order_book: OrderBook | None) -> Entry:
-        return replace(self, order_book=order_book)
+        return msgspec.structs.replace(self, order_book=order_book)
 
     def to_document(self) -> dict[str, Any]:
         """The JSON document that is stored, keys in their published order."""
@@ -101,72 +101,110 @@ class Entry:
         """Read a stored document.
 
         Raises:
-            InvalidEntry: a field is missing or wrong, or the document's schema is not this one.
+            InvalidEntry: a field is missing or wrong.
+            UnknownSchema: the document's schema is not this one.
         """
-        schema = document.get("schema")
-        if schema != SCHEMA:
-            raise InvalidEntry(
-                f"document of schema {schema!r} cannot be read, this service knows schema "
-                f"{SCHEMA}: upgrade the service, or move the document out of the storage root"
-            )
+        _check_schema(document)
         try:
-            source = document["source"]
-            if source not in ("stream", "rest"):
-                raise InvalidEntry(f"source {source!r} is neither 'stream' nor 'rest'")
-            return cls(
-                series=Series(
-                    exchange=_text(document, "exchange"),
-                    coin=_text(document, "coin"),
-                    interval=Interval.parse(_text(document, "interval")),
-                ),
-                market=_text(document, "market"),
-                candle=Candle(
-                    timestamp=_integer(document, "timestamp"),
-                    open=_number(document, "open"),
-                    high=_number(document, "high"),
-                    low=_number(document, "low"),
-                    close=_number(document, "close"),
-                    volume=_number(document, "volume"),
-                ),
-                order_book=_order_book(document["order_book"]),
-                source=cast("Source", source),
-                revision=_integer(document, "revision"),
-            )
-        except KeyError as exc:
-            raise InvalidEntry(f"document has no field {exc.args[0]!r}") from exc
+            fields = msgspec.convert(document, _Document)
+        except msgspec.ValidationError as exc:
+            raise InvalidEntry(str(exc)) from exc
+        try:
+            series = Series(fields.exchange, fields.coin, Interval.parse(fields.interval))
         except InvalidRequest as exc:
             raise InvalidEntry(exc.message) from exc
+        return _entry(fields, series)
+
+    @classmethod
+    def from_json(cls, content: bytes, series: Series) -> Entry:
+        """Read the bytes of a stored document of ``series``: ``from_document``, but many times
+        as fast.
+
+        Raises:
+            InvalidEntry: they are no JSON object, a field is missing or wrong, or the entry is of
+                another series.
+            UnknownSchema: the document's schema is not this one.
+        """
+        try:
+            fields = _decode(content)
+        except msgspec.DecodeError as exc:
+            _refuse(content, exc)
+        if fields.schema != SCHEMA:
+            raise _unknown_schema(fields.schema)
+        if (
+            fields.coin != series.coin
+            or fields.exchange != series.exchange
+            or fields.interval != series.interval.name
+        ):
+            raise InvalidEntry(
+                f"document of {fields.exchange} {fields.coin} {fields.interval} is none of {series}"
+            )
+        return _entry(fields, series)
 
 
-def _text(document: Mapping[str, Any], field: str) -> str:
-    value = document[field]
-    if not isinstance(value, str) or not value:
-        raise InvalidEntry(f"{field} needs a text, got {value!r}")
-    return value
+_Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-def _integer(document: Mapping[str, Any], field: str) -> int:
-    value = document[field]
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidEntry(f"{field} needs an integer, got {value!r}")
-    return value
+class _BookFields(msgspec.Struct, gc=False):
+    timestamp: int
+    bids: tuple[Level, ...]
+    asks: tuple[Level, ...]
 
 
-def _number(document: Mapping[str, Any], field: str) -> float:
-    value = document[field]
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InvalidEntry(f"{field} needs a number, got {value!r}")
-    return float(value)
+class _Document(msgspec.Struct, gc=False):
+    """The fields of a document and their types, as the decoder checks them."""
+
+    exchange: _Text
+    coin: _Text
+    market: _Text
+    interval: _Text
+    timestamp: int
+    open: float
+    high: float
+    low: float
+    close: float
+    volume: float
+    order_book: _BookFields | None
+    source: Source
+    revision: int
+    schema: int
 
 
-def _order_book(value: Any) -> OrderBook | None:
-    if value is None:
-        return None
+_decode: Final = msgspec.json.Decoder(_Document).decode
+
+
+def _entry(fields: _Document, series: Series) -> Entry:
+    book = fields.order_book
+    return Entry(
+        series,
+        fields.market,
+        Candle(fields.timestamp, fields.open, fields.high, fields.low, fields.close, fields.volume),
+        None if book is None else OrderBook(book.timestamp, book.bids, book.asks),
+        fields.source,
+        fields.revision,
+    )
+
+
+def _refuse(content: bytes, error: msgspec.DecodeError) -> NoReturn:
+    """Raise what is wrong with bytes that did not decode: a newer schema may have other fields."""
     try:
-        return OrderBook(
-            timestamp=_integer(value, "timestamp"),
-            bids=tuple((float(price), float(amount)) for price, amount in value["bids"]),
-            asks=tuple((float(price), float(amount)) for price, amount in value["asks"]),
-        )
-    except (KeyError, TypeError, ValueError) as exc:
-        raise InvalidEntry(f"order_book is malformed: {exc!r}") from exc
+        document = msgspec.json.decode(content)
+    except msgspec.DecodeError as exc:
+        raise InvalidEntry(f"document is no JSON: {exc}") from exc
+    if isinstance(document, dict):
+        _check_schema(document)
+    raise InvalidEntry(str(error)) from error
+
+
+def _check_schema(document: Mapping[str, Any]) -> None:
+    """Refuse a document of another schema; what has none at all is no document of ours."""
+    schema = document.get("schema")
+    if isinstance(schema, int) and not isinstance(schema, bool) and schema != SCHEMA:
+        raise _unknown_schema(schema)
+
+
+def _unknown_schema(schema: int) -> UnknownSchema:
+    return UnknownSchema(
+        f"document of schema {schema} cannot be read, this service knows schema {SCHEMA}: "
+        f"upgrade the service, or move the document out of the storage root"
+    )

@@ -3,45 +3,100 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import pairwise
+import struct
+from array import array
+from collections.abc import Iterable
+from itertools import chain
 from typing import Final
 
 from errors import InvalidEntry
 
 BOOK_DEPTH: Final = 50
 Level = tuple[float, float]
+_LEVEL_FORMAT: Final = "dd"
+_LEVEL_BYTES: Final = struct.calcsize(_LEVEL_FORMAT)
 
 
-@dataclass(frozen=True, slots=True)
 class OrderBook:
     """Bids (highest first) and asks (lowest first) as ``(price, amount)``, at ``timestamp`` ms.
+
+    Immutable. Both sides are kept packed, 16 bytes a level: as tuples of numbers a year of books
+    would take a gigabyte, and the garbage collector's attention all the while.
 
     Raises:
         InvalidEntry: a level is no pair of positive numbers, a side is out of order, or bids and
             asks cross.
     """
 
-    timestamp: int
-    bids: tuple[Level, ...]
-    asks: tuple[Level, ...]
+    __slots__ = ("_asks", "_bids", "_timestamp")
 
-    def __post_init__(self) -> None:
-        for side in (self.bids, self.asks):
-            for price, amount in side:
-                if not (math.isfinite(price) and math.isfinite(amount) and price > 0 < amount):
-                    raise InvalidEntry(f"order book {self.timestamp} has a level {price}, {amount}")
-        bids = [price for price, _ in self.bids]
-        asks = [price for price, _ in self.asks]
-        if any(better <= worse for better, worse in pairwise(bids)) or any(
-            better >= worse for better, worse in pairwise(asks)
-        ):
-            raise InvalidEntry(f"order book {self.timestamp} is not sorted by price")
-        if bids and asks and bids[0] >= asks[0]:
+    def __init__(self, timestamp: int, bids: Iterable[Level], asks: Iterable[Level]) -> None:
+        self._timestamp = timestamp
+        bids, asks = tuple(bids), tuple(asks)
+        previous = math.inf
+        for price, amount in bids:
+            if not (0 < price < previous and 0 < amount < math.inf):
+                raise _wrong_level(timestamp, price, amount)
+            previous = price
+        previous = 0.0
+        for price, amount in asks:
+            if not (previous < price < math.inf and 0 < amount < math.inf):
+                raise _wrong_level(timestamp, price, amount)
+            previous = price
+        if bids and asks and bids[0][0] >= asks[0][0]:
             raise InvalidEntry(
-                f"order book {self.timestamp} crosses: bid {bids[0]} is not below ask {asks[0]}"
+                f"order book {timestamp} crosses: bid {bids[0][0]} is not below ask {asks[0][0]}"
             )
+        self._bids = _packed(bids)
+        self._asks = _packed(asks)
+
+    @property
+    def timestamp(self) -> int:
+        """When it was taken, in ms."""
+        return self._timestamp
+
+    @property
+    def bids(self) -> tuple[Level, ...]:
+        """What buyers offer, highest price first."""
+        return _unpacked(self._bids)
+
+    @property
+    def asks(self) -> tuple[Level, ...]:
+        """What sellers ask, lowest price first."""
+        return _unpacked(self._asks)
 
     def top(self, depth: int = BOOK_DEPTH) -> OrderBook:
         """The best ``depth`` levels of each side."""
-        return OrderBook(self.timestamp, self.bids[:depth], self.asks[:depth])
+        size = depth * _LEVEL_BYTES
+        if len(self._bids) <= size and len(self._asks) <= size:
+            return self
+        return OrderBook(self._timestamp, self.bids[:depth], self.asks[:depth])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, OrderBook):
+            return NotImplemented
+        return (
+            self._timestamp == other._timestamp
+            and self._bids == other._bids
+            and self._asks == other._asks
+        )
+
+    def __hash__(self) -> int:
+        return hash((self._timestamp, self._bids, self._asks))
+
+    def __repr__(self) -> str:
+        return f"OrderBook(timestamp={self._timestamp}, bids={self.bids}, asks={self.asks})"
+
+
+def _packed(side: tuple[Level, ...]) -> bytes:
+    return array("d", chain.from_iterable(side)).tobytes()
+
+
+def _unpacked(side: bytes) -> tuple[Level, ...]:
+    return tuple(struct.iter_unpack(_LEVEL_FORMAT, side))
+
+
+def _wrong_level(timestamp: int, price: float, amount: float) -> InvalidEntry:
+    if math.isfinite(price) and math.isfinite(amount) and price > 0 < amount:
+        return InvalidEntry(f"order book {timestamp} is not sorted by price at {price}")
+    return InvalidEntry(f"order book {timestamp} has a level {price}, {amount}")

@@ -7,8 +7,10 @@ when, and puts the candle faults in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
+
+from msgspec.structs import replace
 
 from domain.candle import Candle
 from domain.clock import IClock, MarketClock

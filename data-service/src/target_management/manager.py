@@ -69,10 +69,7 @@ class TargetManager(ITargetManager):
         Raises:
             ConfigurationError: they do not fit each other.
         """
-        options = {
-            name: value.get_secret_value() for name, value in settings.azure_storage_options.items()
-        }
-        return cls(settings.targets_on, settings.targets_path, options, clock)
+        return cls(settings.targets_on, settings.targets_path, settings.targets_options, clock)
 
     async def open(self) -> None:
         """Make the table if it is missing, and check that it is one of targets.

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from domain.candle import Candle
 from domain.entry import BOOK_TOLERANCE_MS, Entry
 from domain.interval import KNOWN_INTERVALS, Interval
 from domain.series import Series
-from errors import InvalidEntry
-from tests.support.entries import FIVE_MINUTES, NOON, make_book, make_entry
+from errors import InvalidEntry, UnknownSchema
+from tests.support.entries import BTC, FIVE_MINUTES, NOON, make_book, make_entry
 
 amounts = st.floats(1e-9, 1e9)
 
@@ -40,7 +41,9 @@ def entries(draw: st.DrawFn) -> Entry:
 
 @given(entries())
 def test_an_entry_is_the_same_after_being_stored_as_json(entry: Entry) -> None:
-    assert Entry.from_document(json.loads(json.dumps(entry.to_document()))) == entry
+    content = json.dumps(entry.to_document())
+    assert Entry.from_document(json.loads(content)) == entry
+    assert Entry.from_json(content.encode(), entry.series) == entry
 
 
 def test_a_document_has_its_published_keys_in_order() -> None:
@@ -76,6 +79,8 @@ def test_a_document_without_one_of_its_fields_is_refused(field: str) -> None:
     del document[field]
     with pytest.raises(InvalidEntry, match=field):
         Entry.from_document(document)
+    with pytest.raises(InvalidEntry, match=field):
+        Entry.from_json(json.dumps(document).encode(), BTC)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +107,40 @@ def test_a_document_without_one_of_its_fields_is_refused(field: str) -> None:
     ],
 )
 def test_a_document_with_a_wrong_field_is_refused(changes: dict[str, Any]) -> None:
+    document = make_entry().to_document() | changes
     with pytest.raises(InvalidEntry):
-        Entry.from_document(make_entry().to_document() | changes)
+        Entry.from_document(document)
+    with pytest.raises(InvalidEntry):
+        Entry.from_json(json.dumps(document).encode(), BTC)
 
 
-@pytest.mark.parametrize("schema", [None, 0, 2, "1"])
-def test_a_document_of_another_schema_is_refused_with_what_to_do(schema: object) -> None:
-    with pytest.raises(InvalidEntry, match="upgrade the service"):
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"close": NaN}'])
+def test_bytes_that_are_no_document_are_refused(content: bytes) -> None:
+    with pytest.raises(InvalidEntry):
+        Entry.from_json(content, BTC)
+
+
+def test_a_document_of_another_series_is_refused() -> None:
+    with pytest.raises(InvalidEntry, match="crypto.com BTC 5m is none of crypto.com ETH 5m"):
+        Entry.from_json(
+            json.dumps(make_entry().to_document()).encode(), dataclasses.replace(BTC, coin="ETH")
+        )
+
+
+@pytest.mark.parametrize("changes", [{"schema": 0}, {"schema": 2}, {"schema": 2, "close": "new"}])
+def test_a_document_of_another_schema_is_refused_with_what_to_do(changes: dict[str, Any]) -> None:
+    document = make_entry().to_document() | changes
+    with pytest.raises(UnknownSchema, match="upgrade the service"):
+        Entry.from_document(document)
+    with pytest.raises(UnknownSchema, match="upgrade the service"):
+        Entry.from_json(json.dumps(document).encode(), BTC)
+
+
+@pytest.mark.parametrize("schema", [None, "1", True, 1.5])
+def test_a_document_whose_schema_is_no_number_is_no_document(schema: object) -> None:
+    with pytest.raises(InvalidEntry, match="schema") as refused:
         Entry.from_document(make_entry().to_document() | {"schema": schema})
+    assert not isinstance(refused.value, UnknownSchema)
 
 
 def test_a_time_that_opens_no_period_is_refused_with_the_one_that_does() -> None:

@@ -6,12 +6,12 @@ import asyncio
 import inspect
 import json
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 from aiohttp import web
+from msgspec.structs import replace
 
 from domain.candle import Candle, CandleUpdate
 from domain.clock import http_date
