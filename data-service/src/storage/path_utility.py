@@ -18,6 +18,8 @@ from storage.interfaces import Timestamp
 
 RAW_DATA: Final = "raw_data"
 LEDGER: Final = "ledger"
+# What the service keeps in a root for itself.
+SERVICE_FOLDER: Final = ".cb-trade"
 # What a name may take once encoded: file systems allow 255 bytes, temporary names need a few.
 MAX_NAME_BYTES: Final = 200
 # How the names of files begin that are still being written.

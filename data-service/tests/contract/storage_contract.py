@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from errors import InvalidEntry, InvalidRequest
-from storage.interfaces import IRawDataStorage
+from storage.interfaces import IRawDataStorage, StaleVersion
 from storage.path_utility import StoragePathUtility
 from tests.support.entries import FIVE_MINUTES, NOON
 
@@ -108,6 +108,8 @@ class RawDataStorageContract:
         asked = [NOON + FIVE_MINUTES, NOON + 2 * FIVE_MINUTES]
         found = await storage.get_entries("crypto.com", "BTC", asked)
         assert list(found) == [NOON + FIVE_MINUTES]
+        held = found[NOON + FIVE_MINUTES].content
+        assert held == {"timestamp": NOON + FIVE_MINUTES, "interval": "5m"}
         assert await storage.get_entries("crypto.com", "BTC", []) == {}
 
     async def test_a_range_includes_its_start_and_excludes_its_end(
@@ -306,3 +308,65 @@ class RawDataStorageContract:
     async def test_closing_twice_is_fine(self, storage: IRawDataStorage) -> None:
         await storage.close()
         await storage.close()
+
+    async def test_opening_twice_is_fine_and_the_root_has_an_address(
+        self, storage: IRawDataStorage
+    ) -> None:
+        await storage.open()
+        await storage.open()
+        assert storage.address
+        assert storage.address == storage.address.strip()
+        assert isinstance(await storage.warnings(), list)
+
+    async def test_every_write_gives_a_document_another_version(
+        self, storage: IRawDataStorage
+    ) -> None:
+        seen = []
+        for close in (1, 2, 2, 1):
+            await storage.save_entry("crypto.com", "BTC", NOON, {"close": close})
+            held = (await storage.get_entries("crypto.com", "BTC", [NOON]))[NOON]
+            assert held.content == {"close": close}
+            again = (await storage.get_entries("crypto.com", "BTC", [NOON]))[NOON]
+            assert again.version == held.version
+            seen.append(held.version)
+        assert len(set(seen)) == 4
+
+    async def test_a_save_that_expects_what_lies_there_is_done(
+        self, storage: IRawDataStorage
+    ) -> None:
+        new = [(NOON, {"close": 1})]
+        await storage.save_entries("crypto.com", "BTC", new, expected={})
+        held = (await storage.get_entries("crypto.com", "BTC", [NOON]))[NOON]
+        corrected = [(NOON, {"close": 2})]
+        await storage.save_entries("crypto.com", "BTC", corrected, expected={NOON: held.version})
+        assert await storage.get_entry("crypto.com", "BTC", NOON) == {"close": 2}
+
+    async def test_a_save_that_expects_something_else_is_refused(
+        self, storage: IRawDataStorage
+    ) -> None:
+        await storage.save_entry("crypto.com", "BTC", NOON, {"close": 1})
+        old = (await storage.get_entries("crypto.com", "BTC", [NOON]))[NOON].version
+        await storage.save_entry("crypto.com", "BTC", NOON, {"close": 2})
+        for time, expected in ((NOON, {}), (NOON, {NOON: old}), (NOON + DAY, {NOON + DAY: old})):
+            with pytest.raises(StaleVersion, match="json"):
+                await storage.save_entries(
+                    "crypto.com", "BTC", [(time, {"close": 3})], expected=expected
+                )
+        assert await storage.get_entry("crypto.com", "BTC", NOON) == {"close": 2}
+        assert await storage.get_entry("crypto.com", "BTC", NOON + DAY) is None
+
+    async def test_one_of_two_holds_the_collectors_lock(self, storage: IRawDataStorage) -> None:
+        first, second = storage.collector_lock(), storage.collector_lock()
+        assert not first.is_held
+        assert await first.acquire()
+        assert await first.acquire()
+        assert not await second.acquire()
+        assert (first.is_held, second.is_held) == (True, False)
+        assert second.holder
+        assert first.renew_every_s > 0
+        await first.release()
+        await first.release()
+        assert not first.is_held
+        assert await second.acquire()
+        assert not await first.acquire()
+        await second.release()

@@ -23,10 +23,13 @@ class Disk:
     def __init__(self) -> None:
         self._swept: set[Path] = set()
 
-    def read(self, path: Path) -> bytes | None:
-        """The bytes of a file, or None when there is none."""
+    def read(self, path: Path) -> tuple[bytes, str] | None:
+        """The bytes of a file and the version of just these bytes, or None when there is none."""
         try:
-            return path.read_bytes()
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                version = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
+                return file.read(), version
         except FileNotFoundError:
             return None
 
@@ -78,6 +81,9 @@ class Disk:
                 rest = memoryview(content)
                 while rest:
                     rest = rest[os.write(descriptor, rest) :]
+                # The kernel's own clock may be too coarse to tell two writes apart.
+                now = time.time_ns()
+                os.utime(descriptor, ns=(now, now))
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import errno
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from domain.interval import DEFAULT_INTERVAL
 from domain.time_range import TimeRange
 from errors import InvalidRequest
 from storage.documents import check_page, encode_document, read_json
+from storage.implementations.collector_lock import FileCollectorLock
 from storage.implementations.disk import Disk
 from storage.interfaces import (
     Decode,
@@ -25,11 +27,13 @@ from storage.interfaces import (
     ICollectorLock,
     IRawDataStorage,
     StaleVersion,
+    StorageDenied,
     StorageError,
     StorageUnavailable,
     Timestamp,
 )
 from storage.path_utility import (
+    SERVICE_FOLDER,
     TEMPORARY_PREFIX,
     StoragePathUtility,
     day_of,
@@ -95,8 +99,16 @@ class LocalFileStorage(IRawDataStorage):
         self._timeout_s = timeout_s
         self._disk = disk or Disk()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="storage")
+        self._conditional = threading.Lock()
         self._unreadable: set[str] = set()
         self._log = structlog.get_logger(__name__)
+
+    @property
+    def address(self) -> str:
+        return f"local:{self._root.absolute()}"
+
+    async def open(self) -> None:
+        await self._run(lambda _: self._disk.make_folder(self._root), "")
 
     async def save_entry(
         self,
@@ -116,6 +128,7 @@ class LocalFileStorage(IRawDataStorage):
         entries: Sequence[tuple[Timestamp, Mapping[str, Any]]],
         *,
         interval: str = DEFAULT_INTERVAL,
+        expected: Mapping[int, str] | None = None,
     ) -> None:
         paths = [
             StoragePathUtility.get_raw_data_path(
@@ -129,7 +142,15 @@ class LocalFileStorage(IRawDataStorage):
                 (path, encode_document(path, data))
                 for path, (_, data) in zip(paths, entries, strict=True)
             ]
-            self._write(contents, work)
+            if expected is None:
+                self._write(contents, work)
+                return
+            with self._conditional:
+                for path, (timestamp, _) in zip(paths, entries, strict=True):
+                    held = self._disk.read(self._root / path)
+                    if (held and held[1]) != expected.get(to_milliseconds(timestamp)):
+                        raise StaleVersion(f"{self._root / path}: changed meanwhile; read it again")
+                self._write(contents, work)
 
         if paths:
             await self._run(save, paths[0])
@@ -143,7 +164,7 @@ class LocalFileStorage(IRawDataStorage):
         interval: str = DEFAULT_INTERVAL,
     ) -> dict[str, Any] | None:
         found = await self.get_entries(exchange_name, coin_symbol, [timestamp], interval=interval)
-        return next(iter(found.values()), None)
+        return next((held.content for held in found.values()), None)
 
     async def get_entries(
         self,
@@ -152,7 +173,8 @@ class LocalFileStorage(IRawDataStorage):
         timestamps: Sequence[Timestamp],
         *,
         interval: str = DEFAULT_INTERVAL,
-    ) -> dict[int, dict[str, Any]]:
+        decode: Decode = read_json,
+    ) -> dict[int, Held]:
         paths = {
             to_milliseconds(timestamp): StoragePathUtility.get_raw_data_path(
                 exchange_name, coin_symbol, timestamp, interval=interval
@@ -160,12 +182,12 @@ class LocalFileStorage(IRawDataStorage):
             for timestamp in timestamps
         }
 
-        def read(work: _Work) -> dict[int, dict[str, Any]]:
+        def read(work: _Work) -> dict[int, Held]:
             found = {}
             for timestamp, path in paths.items():
-                document = self._document(path, work)
-                if document is not None:
-                    found[timestamp] = document
+                held = self._held(timestamp, path, decode, work)
+                if held is not None:
+                    found[timestamp] = held
             return found
 
         return await self._run(read, next(iter(paths.values()))) if paths else {}
@@ -180,37 +202,43 @@ class LocalFileStorage(IRawDataStorage):
         offset: int = 0,
         *,
         interval: str = DEFAULT_INTERVAL,
-    ) -> list[dict[str, Any]]:
+        decode: Decode = read_json,
+    ) -> list[Any]:
         check_page(limit, offset)
         coin_path = StoragePathUtility.coin_path(exchange_name, coin_symbol)
         ending = StoragePathUtility.file_ending(interval)
         wanted = to_range(start_time, end_time)
         last = None if limit is None else offset + limit
 
-        def read(work: _Work) -> list[dict[str, Any]]:
-            found: list[dict[str, Any]] = []
-            for _, path in self._files(coin_path, ending, wanted, work):
+        def read(work: _Work) -> list[Any]:
+            found: list[Any] = []
+            for timestamp, path in self._files(coin_path, ending, wanted, work):
                 if last is not None and len(found) >= last:
                     break
-                document = self._document(path, work)
-                if document is not None:
-                    found.append(document)
+                held = self._held(timestamp, path, decode, work)
+                if held is not None and held.content is not None:
+                    found.append(held.content)
             return found[offset:]
 
         return await self._run(read, coin_path)
 
     async def get_latest_entry(
-        self, exchange_name: str, coin_symbol: str, *, interval: str = DEFAULT_INTERVAL
-    ) -> dict[str, Any] | None:
+        self,
+        exchange_name: str,
+        coin_symbol: str,
+        *,
+        interval: str = DEFAULT_INTERVAL,
+        decode: Decode = read_json,
+    ) -> Any | None:
         coin_path = StoragePathUtility.coin_path(exchange_name, coin_symbol)
         ending = StoragePathUtility.file_ending(interval)
 
-        def read(work: _Work) -> dict[str, Any] | None:
+        def read(work: _Work) -> Any | None:
             for day, day_path in self._days(coin_path, None, newest_first=True):
-                for _, path in reversed(self._files_of_day(day, day_path, ending, work)):
-                    document = self._document(path, work)
-                    if document is not None:
-                        return document
+                for timestamp, path in reversed(self._files_of_day(day, day_path, ending, work)):
+                    held = self._held(timestamp, path, decode, work)
+                    if held is not None and held.content is not None:
+                        return held.content
             return None
 
         return await self._run(read, coin_path)
@@ -253,7 +281,12 @@ class LocalFileStorage(IRawDataStorage):
 
     async def read_blob(self, path: str) -> bytes | None:
         StoragePathUtility.check_blob_path(path)
-        return await self._run(lambda _: self._disk.read(self._inside(path)), path)
+
+        def read(_: _Work) -> bytes | None:
+            found = self._disk.read(self._inside(path))
+            return found and found[0]
+
+        return await self._run(read, path)
 
     async def write_blob(self, path: str, content: bytes) -> None:
         StoragePathUtility.check_blob_path(path)
@@ -273,6 +306,15 @@ class LocalFileStorage(IRawDataStorage):
             self._disk.remove(self._root / path)
 
         await self._run(write, path)
+
+    async def warnings(self) -> list[str]:
+        return []
+
+    def collector_lock(self) -> ICollectorLock:
+        path = f"{SERVICE_FOLDER}/collector.lock"
+        return FileCollectorLock(
+            self._root / path, lambda take: self._run(lambda work: take(work.check), path)
+        )
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -324,6 +366,8 @@ class LocalFileStorage(IRawDataStorage):
             if exc.filename is not None and TEMPORARY_PREFIX not in str(exc.filename):
                 where = Path(exc.filename)
             advice = _PASSING.get(exc.errno or 0)
+            if exc.errno in (errno.EACCES, errno.EPERM):
+                raise StorageDenied(f"{where}: {advice}") from exc
             if advice is not None:
                 raise StorageUnavailable(f"{where}: {advice}") from exc
             raise StorageError(
@@ -347,18 +391,19 @@ class LocalFileStorage(IRawDataStorage):
             for folder in folders:
                 self._disk.sync_folder(folder)
 
-    def _document(self, path: str, work: _Work) -> dict[str, Any] | None:
-        content = self._disk.read(self._root / path)
+    def _held(self, timestamp: int, path: str, decode: Decode, work: _Work) -> Held | None:
+        found = self._disk.read(self._root / path)
         work.step()
-        if content is None:
+        if found is None:
             return None
-        document = decode_document(content)
+        content, version = found
+        document = decode(timestamp, content)
         if document is not None:
             self._unreadable.discard(path)
         elif path not in self._unreadable:
             self._unreadable.add(path)
             self._log.warning("storage_document_unreadable", path=str(self._root / path))
-        return document
+        return Held(document, version)
 
     def _files(
         self, coin_path: str, ending: str, wanted: TimeRange, work: _Work

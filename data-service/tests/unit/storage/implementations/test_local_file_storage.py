@@ -37,7 +37,7 @@ class FailingDisk(Disk):
         if self.code is not None:
             raise OSError(self.code, os.strerror(self.code))
 
-    def read(self, path: Path) -> bytes | None:
+    def read(self, path: Path) -> tuple[bytes, str] | None:
         self._fail()
         return super().read(path)
 
