@@ -193,7 +193,7 @@ class Settings(BaseSettings):
         if sum(given) != 1:
             raise ValueError(
                 "AZURE_STORAGE_CONNECTION_STRING, AZURE_STORAGE_ACCOUNT_URL: STORAGE_TYPE azure "
-                f"takes exactly one of them, {'both' if all(given) else 'none'} is set"
+                f"takes exactly one of them, {'both are' if all(given) else 'none is'} set"
             )
         if not _CONTAINER.fullmatch(self.storage_root):
             raise ValueError(

@@ -18,8 +18,9 @@
     |   |-- StorageUnavailable    retryable: away, full or read-only for now
     |   |   |-- StorageDenied     credentials, roles or permissions are wrong
     |   |   |-- StorageThrottled  asked too much, retryable after a delay that it named
-    |   |   `-- NotTheCollector   another service collects into this root
-    |   |-- StaleVersion          retryable: somebody else wrote there first
+    |   |   |-- NotTheCollector   another service collects into this root
+    |   |   `-- SpoolFull         the backend is away and the spool takes no more
+    |   |-- StaleVersion          terminal: somebody else wrote there first; read it again
     |   `-- StorageConflict       terminal: an entry of another market, a root of another kind
     `-- TargetError               target_management: the table did not do what was asked
         |-- TargetStoreUnavailable  retryable: the table cannot be reached

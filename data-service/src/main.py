@@ -6,18 +6,22 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any, Final
+from typing import Any
 
 import structlog
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from api.app import build_app
+from api.health import Health
+from api.metrics import StorageCollector
 from api.services import Services
 from auth.module import AuthenticationModuleImpl
 from collection.collection_list import CoinCollectionList
 from collection.hub import Hub
 from collection.manager import DataCollectionManagerImpl
 from collection.processor import RealTimeProcessor
+from collection.role import CollectorRole
 from config import Settings
 from errors import ConfigurationError, DataServiceError
 from exchange_source.microkernel import DataSourceConnectorImpl
@@ -25,35 +29,15 @@ from historical.current_fetcher import CurrentDataFetcher
 from historical.fetcher import HistoricalFetcher
 from historical.manager import HistoricalDataManagerImpl
 from reconciliation.reconciler import Reconciler
-from storage.factory import create_storage
-from storage.interfaces import IStorageManager
+from storage.factory import create_storage, spool_folder
+from storage.interfaces import StorageDenied, StorageUnavailable
 from storage.manager import StorageManagerImpl
+from storage.root_stamp import check_stamp, write_stamp
+from storage.spool import Spool
+from target_management.interfaces import TargetStoreUnavailable
 from target_management.manager import TargetManager
 
-READY_TIMEOUT_S: Final = 3.0
-
 log = structlog.get_logger(__name__)
-
-
-class Health:
-    """Why the service is not ready: while it starts or drains, and when storage refuses."""
-
-    def __init__(self, storage: IStorageManager) -> None:
-        self._storage = storage
-        self.phase = "starting"
-
-    async def readiness(self) -> list[str]:
-        """The reasons why the service is not ready, none when it is."""
-        if self.phase != "running":
-            return [f"the service is {self.phase}"]
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                await self._storage.check_health()
-        except TimeoutError:
-            return [f"storage did not answer within {READY_TIMEOUT_S:g} s"]
-        except DataServiceError as exc:
-            return [f"storage: {exc.message}"]
-        return []
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -67,15 +51,18 @@ def create_app(settings: Settings) -> FastAPI:
             "AUTH_SECRET: takes the secret that tokens are signed with, at least 32 bytes; make "
             "one with: openssl rand -hex 32"
         )
-    return build_app(settings, _lifespan(settings))
+    registry = CollectorRegistry()
+    return build_app(settings, _lifespan(settings, registry), registry=registry)
 
 
-def _lifespan(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    settings: Settings, registry: CollectorRegistry
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
-                health = await stack.enter_async_context(_assembled(settings, app))
+                health = await stack.enter_async_context(_assembled(settings, app, registry))
             except DataServiceError as exc:
                 app.state.why_not_started = exc.message
                 raise
@@ -88,16 +75,22 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextMan
 
 
 @asynccontextmanager
-async def _assembled(settings: Settings, app: FastAPI) -> AsyncIterator[Health]:
+async def _assembled(
+    settings: Settings, app: FastAPI, registry: CollectorRegistry
+) -> AsyncIterator[Health]:
     clock = settings.market_clock
     rng = random.Random()  # noqa: S311  jitter is no secret
     async with AsyncExitStack() as stack:
         raw_storage = create_storage(settings)
         stack.push_async_callback(raw_storage.close)
-        storage = StorageManagerImpl(raw_storage)
+        spool = Spool(spool_folder(settings, raw_storage))
+        stack.push_async_callback(spool.close)
+        await spool.open()
+        lock = raw_storage.collector_lock()
+        stack.push_async_callback(lock.release)
+        storage = StorageManagerImpl(raw_storage, spool=spool, lock=lock, clock=clock)
         targets = TargetManager.from_settings(settings, clock)
         stack.push_async_callback(targets.close)
-        await targets.open()
         connector = DataSourceConnectorImpl.from_settings(settings, clock)
         stack.push_async_callback(connector.close)
 
@@ -109,12 +102,14 @@ async def _assembled(settings: Settings, app: FastAPI) -> AsyncIterator[Health]:
             rng=rng,
         )
         reconciler.listen(hub.advance)
+        processor = RealTimeProcessor(storage, hub, clock)
+        storage.listen(processor)
         collection = DataCollectionManagerImpl(
             connector=connector,
             collection=CoinCollectionList(targets),
             storage=storage,
             reconciler=reconciler,
-            processor=RealTimeProcessor(storage, hub, clock),
+            processor=processor,
             hub=hub,
             clock=clock,
             preferences=settings.exchange_preferences,
@@ -129,7 +124,27 @@ async def _assembled(settings: Settings, app: FastAPI) -> AsyncIterator[Health]:
             forming=hub.forming,
             clock=clock,
         )
-        health = Health(storage)
+
+        async def prepare() -> None:
+            await raw_storage.open()
+            await check_stamp(raw_storage, redirected=settings.redirected)
+
+        async def begin() -> None:
+            if not await check_stamp(raw_storage, redirected=settings.redirected):
+                await write_stamp(raw_storage, redirected=settings.redirected)
+            await targets.open()
+            storage.collect()
+            reconciler.collect()
+            await collection.resume()
+
+        async def end() -> None:
+            storage.stand_by()
+            await collection.stand_by()
+            reconciler.stand_by()
+
+        role = CollectorRole(lock, clock, prepare=prepare, begin=begin, end=end)
+        registry.register(StorageCollector(lambda: storage.status, lambda: role.collecting))
+        health = Health(storage, role)
         auth = AuthenticationModuleImpl.from_settings(settings, clock)
         app.state.auth = auth
         app.state.services = Services(
@@ -141,11 +156,27 @@ async def _assembled(settings: Settings, app: FastAPI) -> AsyncIterator[Health]:
             health=health,
         )
         # Stopped in the reverse order: intake, then settling; clients are gone by then.
+        await end()
+        await stack.enter_async_context(_running(storage.run(), "storage", health))
         await stack.enter_async_context(_running(reconciler.run(), "settling", health))
         await stack.enter_async_context(_running(collection.run(), "collection", health))
-        await collection.resume()
+        await _start(role, patient=settings.storage_type == "azure")
+        await stack.enter_async_context(_running(role.run(), "the collector's role", health))
         health.phase = "running"
         yield health
+
+
+async def _start(role: CollectorRole, *, patient: bool) -> None:
+    """The first try to collect. What is wrong with the settings stops the start; a cloud that is
+    away for now does not, since it may come back without anybody's doing."""
+    try:
+        await role.start()
+    except StorageDenied:
+        raise
+    except (StorageUnavailable, TargetStoreUnavailable) as exc:
+        if not patient:
+            raise
+        log.warning("started_without_storage", error=exc.message)
 
 
 @asynccontextmanager

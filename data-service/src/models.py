@@ -472,6 +472,7 @@ class LiveResponse(BaseModel):
 class ReadyResponse(BaseModel):
     status: Literal["ready", "not_ready"]
     reasons: list[str]
+    warnings: list[str]
 
 
 # --- a WebSocket client's messages ---------------------------------------------------------------

@@ -419,10 +419,14 @@ async def health_live() -> dict[str, Any]:
 )
 async def health_ready(services: WithServices, response: Response) -> dict[str, Any]:
     """Whether the service can do its work now."""
-    reasons = await services.health.readiness()
-    if reasons:
+    readiness = await services.health.readiness()
+    if readiness.reasons:
         response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
-    return {"status": "not_ready" if reasons else "ready", "reasons": reasons}
+    return {
+        "status": "not_ready" if readiness.reasons else "ready",
+        "reasons": readiness.reasons,
+        "warnings": readiness.warnings,
+    }
 
 
 @open_routes.get("/metrics", operation_id="metrics", response_class=Response)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from storage.interfaces import StorageStatus
 
 _BUCKETS_S: Final = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -43,6 +48,32 @@ class ApiMetrics:
             "Connections closed because the client read too slowly",
             registry=registry,
         )
+
+
+class StorageCollector(Collector):
+    """How storing goes, read when it is asked for."""
+
+    def __init__(self, status: Callable[[], StorageStatus], collecting: Callable[[], bool]) -> None:
+        self._status = status
+        self._collecting = collecting
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._status()
+        for name, help_text, value in (
+            ("cb_trade_collecting", "1 where this process collects into the root",
+             self._collecting()),
+            ("cb_trade_storage_available", "0 while the storage backend cannot be written to",
+             status.away is None),
+            ("cb_trade_storage_stuck_series",
+             "Series whose entries the storage refuses though it answers", len(status.stuck)),
+            ("cb_trade_spool_entries", "Entries that wait locally for the storage",
+             status.spooled),
+            ("cb_trade_spool_bytes", "What the documents of those entries take",
+             status.spooled_bytes),
+            ("cb_trade_spool_full", "1 where a further entry would be refused",
+             status.spool_full),
+        ):  # fmt: skip
+            yield GaugeMetricFamily(name, help_text, value=float(value))
 
 
 class MetricsMiddleware:

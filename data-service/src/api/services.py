@@ -15,14 +15,20 @@ from domain.clock import IClock
 from historical.interfaces import IHistoricalDataManager
 
 
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Sentences for an operator: ``reasons`` why the service cannot do its work now, none when it
+    can, and ``warnings`` of what it does in spite of."""
+
+    reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
 class IHealth(Protocol):
     """Whether the service can do its work now."""
 
-    async def readiness(self) -> list[str]:
-        """The reasons why it cannot, each a sentence for an operator; none when it can.
-
-        Answers within a few seconds and never raises.
-        """
+    async def readiness(self) -> Readiness:
+        """Answers within a few seconds and never raises."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ from exchange_source.interfaces import (
 )
 from historical.interfaces import ISeriesDirectory, ResolvedSeries
 from reconciliation.interfaces import IReconciler
-from storage.interfaces import IStorageManager, StorageUnavailable
+from storage.interfaces import IStorageManager, NotTheCollector, StorageUnavailable
 from storage.path_utility import StoragePathUtility
 from target_management.interfaces import Target
 
@@ -51,6 +51,7 @@ DAY_MS: Final = 86_400_000
 REPLAY_PERIODS: Final = 500
 OPEN_TIMEOUT_S: Final = 10.0
 RESTART_PAUSE_S: Final = 5.0
+STATUSES_AT_ONCE: Final = 8
 
 log = structlog.get_logger(__name__)
 
@@ -62,7 +63,11 @@ class _Kept:
 
 
 class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
-    """Owns one keeper a target. ``run`` resumes every enabled target and works until cancelled."""
+    """Owns one keeper a target. ``run`` watches the feeds until cancelled.
+
+    Between ``resume`` and ``stand_by`` this process collects; while it stands by, another one does:
+    the table is read anew for each question then, and what would change it is refused.
+    """
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         self._preferences = preferences
         self._backfill_ms = round(backfill_days * DAY_MS)
         self._rng = rng
+        self._standing_by = False
         self._kept: dict[Series, _Kept] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._feeds = {
@@ -105,11 +111,18 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
 
     async def resume(self) -> None:
         """Start to keep every enabled target of an exchange that is enabled."""
-        for target in await self._collection.load():
+        targets = await self._collection.load()
+        self._standing_by = False
+        for target in targets:
             if target.exchange in self._feeds:
                 self._keep(target)
             else:
                 log.warning("target_of_disabled_exchange", target=target.target_id)
+
+    async def stand_by(self) -> None:
+        """Stop to keep anything: another process collects."""
+        self._standing_by = True
+        await self._stop(list(self._kept))
 
     async def run(self) -> None:
         """Watch the feeds until cancelled; then stop every keeper."""
@@ -133,6 +146,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         coin = self._coin(coin)
         wanted = Interval.parse(interval)
         exchange = self._exchange(exchange)
+        self._refuse_standing_by()
         async with self._lock(coin):
             for target in self._preferred(self._collection.find(coin, interval=interval)):
                 if exchange in (None, target.exchange):
@@ -172,6 +186,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         exchange = self._exchange(exchange)
         if interval is not None:
             Interval.parse(interval)
+        self._refuse_standing_by()
         async with self._lock(coin):
             found = self._collection.find(coin, exchange=exchange, interval=interval)
             if len(found) != 1:
@@ -196,6 +211,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
     async def check_availability(self, coin: str, *, exchange: str | None = None) -> Availability:
         coin = self._coin(coin)
         exchange = self._exchange(exchange)
+        await self._catch_up()
         names = (exchange,) if exchange is not None else self._order(coin)
         markets, unreachable, error = [], [], None
         for name in names:
@@ -213,6 +229,9 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         return Availability(coin, tuple(markets), tuple(unreachable))
 
     async def list_targets(self) -> list[TargetStatus]:
+        await self._catch_up()
+        if self._standing_by:
+            return await self._statuses_from_storage()
         return [self._status(target) for target in self._collection.all()]
 
     # -- what subscribers are told ----------------------------------------------------------
@@ -225,6 +244,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         interval: str = "5m",
         from_ms: int | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
+        self._refuse_standing_by()
         keeper = self._keeper(self._coin(coin), self._exchange(exchange), interval)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
@@ -317,6 +337,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         coin = self._coin(coin)
         wanted = Interval.parse(interval)
         exchange = self._exchange(exchange)
+        await self._catch_up()
         collected = self._preferred(
             self._collection.find(coin, exchange=exchange, interval=interval)
         )
@@ -384,6 +405,36 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         if unreachable:
             message += f"; {', '.join(unreachable)} could not be asked"
         raise CoinNotAvailable(message)
+
+    def _refuse_standing_by(self) -> None:
+        if self._standing_by:
+            raise NotTheCollector(
+                "another service collects into this root, and this one stands by: ask that one, "
+                "or again when it is gone"
+            )
+
+    async def _catch_up(self) -> None:
+        """Know the targets as the one who collects has them now."""
+        if self._standing_by:
+            await self._collection.load()
+
+    async def _statuses_from_storage(self) -> list[TargetStatus]:
+        """How targets do as far as what is stored tells: another process keeps them."""
+        asking = asyncio.Semaphore(STATUSES_AT_ONCE)
+
+        async def status(target: Target) -> TargetStatus:
+            async with asking:
+                newest = await self._storage.get_latest_entry(
+                    target.exchange, target.coin, interval=target.interval
+                )
+            if newest is None:
+                return TargetStatus(target, TargetState.DEGRADED, None, None)
+            lag_ms = max(0, self._clock.now_ms() - newest.end)
+            return TargetStatus(target, TargetState.DEGRADED, newest.timestamp, lag_ms)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(status(target)) for target in self._collection.all()]
+        return [task.result() for task in tasks]
 
     def _status(self, target: Target) -> TargetStatus:
         kept = self._kept.get(target.series)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import structlog
 
@@ -12,7 +13,13 @@ from domain.candle import CandleUpdate
 from domain.clock import IClock
 from domain.entry import Entry
 from domain.series import Series
-from storage.interfaces import Change, IStorageManager, StorageError, Stored
+from storage.interfaces import (
+    Change,
+    IStorageListener,
+    IStorageManager,
+    StorageError,
+    Stored,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -20,12 +27,13 @@ OnUpdate = Callable[[int], None]
 """Told the open (ms) of the period of each forming update."""
 
 
-class RealTimeProcessor:
+class RealTimeProcessor(IStorageListener):
     """The callback of every stream, and the sink of every collected series.
 
     A forming update is told at once and wakes the settling of its series; it never waits for
     REST or storage. A settled entry is stored, then told; when storage refuses, nothing is told
-    and the period stays open.
+    and the period stays open. Subscribers are told ``degraded`` while the backend is away, though
+    entries go on into the spool.
     """
 
     def __init__(self, storage: IStorageManager, hub: Hub, clock: IClock) -> None:
@@ -34,6 +42,7 @@ class RealTimeProcessor:
         self._clock = clock
         self._routes: dict[tuple[str, str, str], dict[Series, OnUpdate]] = {}
         self._storage_failing = False
+        self._storage_away = False
         # Entries of batches that failed: some may have been written, and none was told.
         self._unsure: set[tuple[Series, int]] = set()
 
@@ -83,13 +92,24 @@ class RealTimeProcessor:
         self._note_success(stored)
         return stored
 
+    def storage_changed(self, *, available: bool) -> None:
+        self._storage_away = not available
+        self._tell_state("connected" if available else "degraded")
+
+    def entry_settled(self, stored: Stored) -> None:
+        self._hub.publish_stored(stored)
+
     def _note_success(self, stored: Sequence[Stored]) -> None:
         for item in stored:
             self._hub.publish_stored(self._as_news(item))
         if self._storage_failing:
             self._storage_failing = False
             log.info("storage_works_again")
-            self._hub.publish_status(StatusTold("storage", "connected", self._clock.now_ms()))
+            if not self._storage_away:
+                self._tell_state("connected")
+
+    def _tell_state(self, state: Literal["connected", "degraded"]) -> None:
+        self._hub.publish_status(StatusTold("storage", state, self._clock.now_ms()))
 
     def _as_news(self, stored: Stored) -> Stored:
         """What was written by a batch that failed is news when it is found unchanged."""
@@ -106,4 +126,5 @@ class RealTimeProcessor:
         if not self._storage_failing:
             self._storage_failing = True
             log.error("storage_refuses", error=error.message)
-            self._hub.publish_status(StatusTold("storage", "degraded", self._clock.now_ms()))
+            if not self._storage_away:
+                self._tell_state("degraded")

@@ -111,7 +111,8 @@ class IReconciler(ABC):
 
     @abstractmethod
     def view(self, series: Series, market: str) -> ISeriesView:
-        """The one view of the series in this process."""
+        """The one view of the series in this process; a fresh one each time where it stands by,
+        since another process writes."""
 
     @abstractmethod
     async def settle(
@@ -122,7 +123,8 @@ class IReconciler(ABC):
 
         The work belongs to the reconciler: a caller that is cancelled does not end it for others.
         Equal requests share one. An exchange that cannot be asked is no error here: its periods
-        stay open with the reason ``unreachable``.
+        stay open with the reason ``unreachable``. In a process that stands by nothing is fetched:
+        what is missing is ``pending``, since another one collects.
 
         Raises:
             StorageError: storage cannot be listed or written.

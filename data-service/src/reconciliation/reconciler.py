@@ -18,6 +18,7 @@ from errors import DataServiceError, UnknownExchange
 from exchange_source.interfaces import IExchangeAPIClient, Priority
 from reconciliation.interfaces import IReconciler, SettledListener, SettleReport
 from reconciliation.series_state import SeriesState
+from reconciliation.settler import Progress, report_of
 from reconciliation.worker import SettlingWorker
 from storage.interfaces import IStorageManager
 
@@ -44,6 +45,7 @@ class Reconciler(IReconciler):
         # was learned for the latest requests is kept a while longer.
         self._states: WeakValueDictionary[Series, SeriesState] = WeakValueDictionary()
         self._recent: deque[SeriesState] = deque(maxlen=RECENT_STATES)
+        self._standing_by = False
         seeded = rng if rng is not None else random.Random()  # noqa: S311  jitter is no secret
         self._workers = {
             name: SettlingWorker(client, clock, on_settled=self._settled, rng=seeded)
@@ -54,7 +56,21 @@ class Reconciler(IReconciler):
         """Tell ``listener`` after every settled page."""
         self._listeners.append(listener)
 
+    def stand_by(self) -> None:
+        """Fetch and store nothing from now on: another process does."""
+        self._standing_by = True
+        self._forget()
+
+    def collect(self) -> None:
+        """Fetch what is missing; what was known is forgotten, since another process may have
+        written."""
+        self._standing_by = False
+        self._forget()
+
     def view(self, series: Series, market: str) -> SeriesState:
+        if self._standing_by:
+            # Another process writes: what is known now is not kept.
+            return SeriesState(series, market, self._storage, self._clock)
         state = self._states.get(series)
         if state is None:
             state = SeriesState(series, market, self._storage, self._clock)
@@ -66,6 +82,9 @@ class Reconciler(IReconciler):
         self, series: Series, market: str, wanted: TimeRange, *, priority: Priority
     ) -> SettleReport:
         state = self.view(series, market)
+        if self._standing_by:
+            await state.load(wanted)
+            return report_of(state, Progress.over(wanted))
         return await self._worker(series.exchange).settle(state, wanted, priority=priority)
 
     def retry_in(self, exchange: str) -> float:
@@ -76,6 +95,10 @@ class Reconciler(IReconciler):
         async with asyncio.TaskGroup() as group:
             for worker in self._workers.values():
                 group.create_task(worker.run())
+
+    def _forget(self) -> None:
+        self._states = WeakValueDictionary()
+        self._recent.clear()
 
     async def _settled(self, series: Series) -> None:
         for listener in self._listeners:

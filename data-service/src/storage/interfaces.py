@@ -51,14 +51,17 @@ class NotTheCollector(StorageUnavailable):
     """Another service collects into this root; this one writes nothing."""
 
 
+class SpoolFull(StorageUnavailable):
+    """The backend is away, and the local spool takes no more."""
+
+
 class StorageConflict(StorageError):
     """What should be stored contradicts what is stored: another market, a root of another kind."""
 
 
 class StaleVersion(StorageError):
-    """What lies there is not what the writer had read; nothing was replaced. Read it again."""
-
-    retryable = True
+    """What lies there is not what the writer had read; nothing was replaced. Read it again, and
+    decide anew: the same write again would fail again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +291,38 @@ class Stored:
     change: Change
 
 
+@dataclass(frozen=True, slots=True)
+class StorageStatus:
+    """How storing goes at this moment, without asking anybody.
+
+    Attributes:
+        away: why the backend cannot be written to, or None.
+        stuck: why the entries of single series cannot be written though the backend can be.
+        spooled: how many entries wait in the local spool.
+        spooled_bytes: how much their documents take.
+        spool_full: whether a further entry would be refused.
+    """
+
+    away: str | None = None
+    stuck: tuple[str, ...] = ()
+    spooled: int = 0
+    spooled_bytes: int = 0
+    spool_full: bool = False
+
+
+class IStorageListener(ABC):
+    """Who wants to know what happens to storage behind the callers' backs. Must not block."""
+
+    @abstractmethod
+    def storage_changed(self, *, available: bool) -> None:
+        """The backend went away, so that entries wait in the spool; or it came back."""
+
+    @abstractmethod
+    def entry_settled(self, stored: Stored) -> None:
+        """An entry that was taken while the backend was away, and could not be compared with what
+        it held then, turned out to be a correction."""
+
+
 class IStorageManager(ABC):
     """Validated entries: decides what may replace what.
 
@@ -296,6 +331,9 @@ class IStorageManager(ABC):
     - A null book never replaces a book.
     - The first entry fixes the market of a series; an entry of another market is refused.
     - Writes of one series are applied one after the other, in the order of the calls.
+    - An entry is stored once it is in the backend or, while that is away, synced in the local
+      spool: readers see both, and the spool is written to the backend when it returns. A read
+      that needs a backend that is away fails: what cannot be listed is unknown, never missing.
 
     Raises what ``IRawDataStorage`` raises, and ``InvalidEntry`` for a document that breaks the
     rules of its shape.
@@ -307,6 +345,8 @@ class IStorageManager(ABC):
 
         Raises:
             StorageConflict: the series is of another market.
+            SpoolFull: the backend is away and the spool has no room.
+            NotTheCollector: another service collects into this root.
         """
 
     @abstractmethod
@@ -363,4 +403,13 @@ class IStorageManager(ABC):
 
     @abstractmethod
     async def check_health(self) -> None:
-        """Return when entries can be stored, raise ``StorageError`` when they cannot."""
+        """Return when the backend does its part, raise ``StorageError`` when it does not."""
+
+    @abstractmethod
+    async def warnings(self) -> list[str]:
+        """What will become a failure if nobody acts."""
+
+    @property
+    @abstractmethod
+    def status(self) -> StorageStatus:
+        """How storing goes."""

@@ -1,55 +1,139 @@
-"""Validated entries over a storage backend: decides what may replace what."""
+"""Validated entries over a storage backend: decides what may replace what, and what waits."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import structlog
 
-from domain.entry import SCHEMA, Entry
+from domain.clock import IClock, MarketClock
+from domain.entry import Entry
 from domain.interval import DEFAULT_INTERVAL, Interval
+from domain.order_book import BOOK_DEPTH
 from domain.series import Series
 from domain.time_range import RangeSet, TimeRange
 from errors import InvalidEntry, InvalidRequest
+from storage.documents import check_page
+from storage.entry_decoder import entry_decoder
 from storage.interfaces import (
     Change,
+    Held,
+    ICollectorLock,
     IRawDataStorage,
+    IStorageListener,
     IStorageManager,
+    NotTheCollector,
+    StaleVersion,
     StorageConflict,
     StorageError,
+    StorageStatus,
+    StorageUnavailable,
     Stored,
     Timestamp,
 )
-from storage.path_utility import RAW_DATA, StoragePathUtility, to_range
+from storage.path_utility import RAW_DATA, to_range
+from storage.spool import Spool
 
-_EVER: Final = TimeRange(0, 2**62)
-# Documents read between two looks at what else the event loop has to do.
-_READ_AT_ONCE: Final = 200
+# How often a batch is decided anew because somebody else wrote meanwhile.
+WRITE_TRIES: Final = 5
+# How many entries are taken from the spool at once, and how often a backend that is away is asked
+# (real seconds), doubling.
+DRAIN_BATCH: Final = 200
+FIRST_PAUSE_S: Final = 0.5
+LONGEST_PAUSE_S: Final = 5.0
+# What is remembered of the entries written last: enough for the second looks of an hour.
+MOST_REMEMBERED: Final = 10_000
+
+log = structlog.get_logger(__name__)
+
+
+class _Known(NamedTuple):
+    """An entry that the backend is known to hold; books are too large to remember."""
+
+    bare: Entry
+    has_book: bool
 
 
 class StorageManagerImpl(IStorageManager):
     """Reads, compares, then writes, one write of a series after the other.
 
-    A document that breaks the rules of an entry is reported once and counts as absent, so that it
-    is fetched and stored anew; one of a schema that this version does not know is refused, since
-    writing over it would destroy what a newer version stored.
+    A document that breaks the rules of an entry counts as absent, so that it is fetched and stored
+    anew; one of a schema that this version does not know is refused, since writing over it would
+    destroy what a newer version stored.
 
-    Another process that writes the same series at the same time is not seen: one service collects
-    into a root.
+    Writes expect just what was read before them; where another process wrote meanwhile, the batch
+    is decided anew. With a ``lock``, entries go to the backend only while it is held: before it is
+    taken again they wait in the spool.
+
+    ``run`` is owned by the lifespan; it empties the spool. Without a spool, entries are refused
+    while the backend is away.
     """
 
-    def __init__(self, storage: IRawDataStorage, *, most_markets_remembered: int = 10_000) -> None:
+    def __init__(
+        self,
+        storage: IRawDataStorage,
+        *,
+        spool: Spool | None = None,
+        lock: ICollectorLock | None = None,
+        clock: IClock | None = None,
+        most_markets_remembered: int = 10_000,
+    ) -> None:
         self._storage = storage
+        self._spool = spool
+        self._lock = lock
+        self._clock = clock if clock is not None else MarketClock()
         self._most_markets_remembered = most_markets_remembered
-        self._locks: WeakValueDictionary[Series, asyncio.Lock] = WeakValueDictionary()
+        self._series_locks: WeakValueDictionary[Series, asyncio.Lock] = WeakValueDictionary()
         self._markets: OrderedDict[Series, str] = OrderedDict()
-        self._broken: dict[Series, set[int]] = {}
-        self._log = structlog.get_logger(__name__)
+        self._known: OrderedDict[tuple[Series, int], _Known] = OrderedDict()
+        # Taken while nobody could say what the backend holds there.
+        self._undecided: set[tuple[Series, int]] = set()
+        self._listener: IStorageListener | None = None
+        self._collecting = True
+        self._waiting = asyncio.Event()
+        self._doubted = False
+        self._away: str | None = None
+        self._stuck: dict[Series, str] = {}
+
+    # -- the lifespan -----------------------------------------------------------------------
+
+    def listen(self, listener: IStorageListener) -> None:
+        """Tell ``listener`` what happens behind the callers' backs."""
+        self._listener = listener
+
+    def collect(self) -> None:
+        """Take entries: this process holds the root now. What was known of it is forgotten, since
+        another process may have written."""
+        self._markets.clear()
+        self._known.clear()
+        self._collecting = True
+        self._look_at_spool()
+
+    def stand_by(self) -> None:
+        """Take no more entries: another process has the root."""
+        self._collecting = False
+
+    async def run(self) -> None:
+        """Write what waits in the spool as soon as the backend takes it; until cancelled."""
+        pause = FIRST_PAUSE_S
+        self._look_at_spool()
+        while True:
+            await self._waiting.wait()
+            if self._collecting and self._may_write() and await self._empty_spool():
+                self._waiting.clear()
+                self._look_at_spool()
+                pause = FIRST_PAUSE_S
+                continue
+            await self._clock.sleep_real(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    # -- storing ----------------------------------------------------------------------------
 
     async def store_raw_data(self, entry: Entry) -> Stored:
         return (await self.store_batch([entry]))[0]
@@ -57,24 +141,24 @@ class StorageManagerImpl(IStorageManager):
     async def store_batch(self, entries: Sequence[Entry]) -> list[Stored]:
         if not entries:
             return []
+        if not self._collecting:
+            raise NotTheCollector(
+                f"another service collects into {self._storage.address}; this one stores nothing"
+            )
         series = entries[0].series
         self._check_batch(series, entries)
-        async with self._lock(series):
-            await self._check_market(series, entries)
-            held = await self._held(series, entries)
-            answers = [_decide(held.get(entry.timestamp), entry) for entry in entries]
-            changed = [
-                (answer.entry.timestamp, answer.entry.to_document())
-                for answer in answers
-                if answer.change is not Change.UNCHANGED
-            ]
-            if changed:
-                await self._storage.save_entries(
-                    series.exchange, series.coin, changed, interval=series.interval.name
-                )
-                self._mend(series, [timestamp for timestamp, _ in changed])
-            self._remember(series, entries[0].market)
-        return answers
+        async with self._lock_of(series):
+            if self._has_to_wait(series):
+                return await self._spool_batch(series, entries)
+            try:
+                return await self._write_batch(series, entries)
+            except StorageUnavailable as exc:
+                if self._spool is None:
+                    raise
+                self._doubt()
+                return await self._spool_batch(series, entries, exc)
+
+    # -- reading ----------------------------------------------------------------------------
 
     async def get_raw_data_range(
         self,
@@ -88,36 +172,50 @@ class StorageManagerImpl(IStorageManager):
         interval: str = DEFAULT_INTERVAL,
     ) -> list[Entry]:
         series = Series(exchange_name, coin_symbol, Interval.parse(interval))
-        wanted = to_range(start_time, end_time)
-        found: list[Entry] = []
-        while True:
-            asked = None if limit is None else limit - len(found)
-            documents = await self._storage.get_range(
-                exchange_name, coin_symbol, start_time, end_time, asked, offset, interval=interval
-            )
-            entries = await _read_all(series, documents)
-            if not _is_regular(entries, wanted):
-                entries = await self._read_by_name(series, wanted, offset, len(documents))
-            found.extend(entry for entry in entries if entry is not None)
-            offset += len(documents)
-            if asked is None or len(found) >= (limit or 0) or len(documents) < asked:
-                return found
+        check_page(limit, offset)
+        # The spool first: what moves to the backend meanwhile is then found there too.
+        spooled = await self._spooled(series, to_range(start_time, end_time))
+        found: list[Entry] = await self._storage.get_range(
+            exchange_name,
+            coin_symbol,
+            start_time,
+            end_time,
+            None if spooled else limit,
+            0 if spooled else offset,
+            interval=interval,
+            decode=entry_decoder(series),
+        )
+        if not spooled:
+            return found
+        merged = {entry.timestamp: entry for entry in found}
+        for timestamp, entry in spooled.items():
+            merged[timestamp] = _decide(merged.get(timestamp), entry).entry
+        ascending = [merged[timestamp] for timestamp in sorted(merged)]
+        return ascending[offset : None if limit is None else offset + limit]
 
     async def get_latest_entry(
         self, exchange_name: str, coin_symbol: str, *, interval: str = DEFAULT_INTERVAL
     ) -> Entry | None:
         series = Series(exchange_name, coin_symbol, Interval.parse(interval))
-        document = await self._storage.get_latest_entry(
-            exchange_name, coin_symbol, interval=interval
+        waiting = self._spool.timestamps(series)[-1:] if self._spool is not None else []
+        spooled = await self._read_spool(series, waiting)
+        stored: Entry | None = await self._storage.get_latest_entry(
+            exchange_name, coin_symbol, interval=interval, decode=entry_decoder(series)
         )
-        if document is None:
-            return None
-        return _read(series, document) or await self._latest_by_name(series)
+        for timestamp, entry in spooled.items():
+            if stored is None or timestamp > stored.timestamp:
+                stored = entry
+            elif timestamp == stored.timestamp:
+                stored = _decide(stored, entry).entry
+        return stored
 
     async def list_coins(self, exchange_name: str) -> list[str]:
-        return await self._storage.list_coins(exchange_name)
+        waiting = self._spool.coins(exchange_name) if self._spool is not None else set()
+        return sorted(waiting.union(await self._storage.list_coins(exchange_name)))
 
     async def check_coin_exists(self, exchange_name: str, coin_symbol: str) -> bool:
+        if self._spool is not None and coin_symbol in self._spool.coins(exchange_name):
+            return True
         return await self._storage.check_coin_exists(exchange_name, coin_symbol)
 
     async def stored_ranges(
@@ -130,17 +228,24 @@ class StorageManagerImpl(IStorageManager):
         interval: str = DEFAULT_INTERVAL,
     ) -> list[TimeRange]:
         series = Series(exchange_name, coin_symbol, Interval.parse(interval))
+        spooled = (
+            self._spool.timestamps(series, to_range(start_time, end_time))
+            if self._spool is not None
+            else []
+        )
         timestamps = await self._storage.list_timestamps(
             exchange_name, coin_symbol, start_time, end_time, interval=interval
         )
-        broken = self._broken.get(series, set())
         length = series.interval.milliseconds
-        stored = RangeSet(
-            TimeRange(timestamp, timestamp + length)
-            for timestamp in timestamps
-            if timestamp not in broken and series.interval.is_aligned(timestamp)
+        return list(
+            RangeSet(
+                TimeRange(timestamp, timestamp + length)
+                for timestamp in sorted({*timestamps, *spooled})
+                if series.interval.is_aligned(timestamp)
+            )
         )
-        return list(stored)
+
+    # -- records and health -----------------------------------------------------------------
 
     async def read_record(self, path: str) -> bytes | None:
         _check_record(path)
@@ -148,13 +253,90 @@ class StorageManagerImpl(IStorageManager):
 
     async def write_record(self, path: str, content: bytes) -> None:
         _check_record(path)
+        if not self._may_write():
+            raise StorageUnavailable(
+                f"{self._storage.address}: {path} is not written while another service may collect"
+            )
         await self._storage.write_blob(path, content)
 
     async def check_health(self) -> None:
-        await self._storage.check_writable()
+        if self._away is not None:
+            raise StorageUnavailable(self._away)
+        if self._collecting and self._may_write():
+            try:
+                await self._storage.check_writable()
+            except StorageUnavailable:
+                self._doubt()
+                raise
 
-    def _lock(self, series: Series) -> asyncio.Lock:
-        return self._locks.setdefault(series, asyncio.Lock())
+    async def warnings(self) -> list[str]:
+        return await self._storage.warnings()
+
+    @property
+    def status(self) -> StorageStatus:
+        spool = self._spool
+        return StorageStatus(
+            away=self._away,
+            stuck=tuple(self._stuck.values()),
+            spooled=spool.entries if spool is not None else 0,
+            spooled_bytes=spool.bytes if spool is not None else 0,
+            spool_full=spool.is_full if spool is not None else False,
+        )
+
+    # -- writing to the backend -------------------------------------------------------------
+
+    async def _write_batch(self, series: Series, entries: Sequence[Entry]) -> list[Stored]:
+        """Decide and write; the series is locked."""
+        await self._check_market(series, entries)
+        tried: dict[int, Stored] = {}
+        for _ in range(WRITE_TRIES):
+            held = await self._held(series, entries)
+            answers = []
+            for entry in entries:
+                there = held[entry.timestamp].content if entry.timestamp in held else None
+                mine = tried.get(entry.timestamp)
+                # What a write that was answered too late, or refused half way, did write is ours.
+                answers.append(mine if mine and mine.entry == there else _decide(there, entry))
+            tried = {answer.entry.timestamp: answer for answer in answers}
+            changed = [
+                answer.entry
+                for answer in answers
+                if answer.change is not Change.UNCHANGED
+                and (
+                    answer.entry.timestamp not in held
+                    or held[answer.entry.timestamp].content != answer.entry
+                )
+            ]
+            try:
+                if changed:
+                    await self._storage.save_entries(
+                        series.exchange,
+                        series.coin,
+                        [(entry.timestamp, entry.to_document()) for entry in changed],
+                        interval=series.interval.name,
+                        expected={
+                            entry.timestamp: held[entry.timestamp].version
+                            for entry in changed
+                            if entry.timestamp in held
+                        },
+                    )
+            except StaleVersion:
+                continue
+            self._remember(series, entries[0].market, answers)
+            return answers
+        raise StorageUnavailable(
+            f"{self._storage.address}: others wrote {series} first {WRITE_TRIES} times in a row; "
+            f"let one service collect into a root"
+        )
+
+    async def _held(self, series: Series, entries: Sequence[Entry]) -> dict[int, Held]:
+        return await self._storage.get_entries(
+            series.exchange,
+            series.coin,
+            [entry.timestamp for entry in entries],
+            interval=series.interval.name,
+            decode=entry_decoder(series),
+        )
 
     @staticmethod
     def _check_batch(series: Series, entries: Sequence[Entry]) -> None:
@@ -163,142 +345,227 @@ class StorageManagerImpl(IStorageManager):
         times = [entry.timestamp for entry in entries]
         if any(later <= earlier for earlier, later in pairwise(times)):
             raise InvalidRequest("a batch takes entries ascending by time, each period once")
+        for entry in entries:
+            book = entry.order_book
+            if book is not None and max(len(book.bids), len(book.asks)) > BOOK_DEPTH:
+                raise InvalidEntry(
+                    f"order book of {series} {entry.timestamp} is deeper than {BOOK_DEPTH} levels "
+                    f"a side; store its top"
+                )
 
     async def _check_market(self, series: Series, entries: Sequence[Entry]) -> None:
         market = self._markets.get(series)
         if market is None:
-            latest = await self.get_latest_entry(
-                series.exchange, series.coin, interval=series.interval.name
+            # The backend's own: what waits in the spool is what may have to be refused.
+            latest: Entry | None = await self._storage.get_latest_entry(
+                series.exchange,
+                series.coin,
+                interval=series.interval.name,
+                decode=entry_decoder(series),
             )
             market = latest.market if latest else entries[0].market
-        if market != entries[0].market:
-            raise StorageConflict(
-                f"{series} holds entries of {market} and takes none of {entries[0].market}; "
-                f"collect {entries[0].market} as a coin of its own"
-            )
+        _check_same_market(series, market, entries[0].market)
 
-    def _remember(self, series: Series, market: str) -> None:
+    def _remember(self, series: Series, market: str, answers: Sequence[Stored]) -> None:
         self._markets[series] = market
         self._markets.move_to_end(series)
         if len(self._markets) > self._most_markets_remembered:
             self._markets.popitem(last=False)
+        for answer in answers:
+            entry = answer.entry
+            key = (series, entry.timestamp)
+            self._known[key] = _Known(entry.with_order_book(None), entry.order_book is not None)
+            self._known.move_to_end(key)
+        while len(self._known) > MOST_REMEMBERED:
+            self._known.popitem(last=False)
 
-    async def _held(self, series: Series, entries: Sequence[Entry]) -> dict[int, Entry]:
-        documents = await self._storage.get_entries(
-            series.exchange,
-            series.coin,
-            [entry.timestamp for entry in entries],
-            interval=series.interval.name,
+    def _lock_of(self, series: Series) -> asyncio.Lock:
+        return self._series_locks.setdefault(series, asyncio.Lock())
+
+    # -- while the backend is away ----------------------------------------------------------
+
+    def _may_write(self) -> bool:
+        return self._lock is None or self._lock.is_held
+
+    def _has_to_wait(self, series: Series) -> bool:
+        """Whether entries of the series go to the spool: behind what waits there already, and
+        while the backend is not known to be there, or to be this process's."""
+        return self._spool is not None and (
+            self._doubted or self._spool.holds(series) or not self._may_write()
         )
-        held = {
-            timestamp: self._entry(series, document, timestamp)
-            for timestamp, document in documents.items()
-        }
-        return {timestamp: entry for timestamp, entry in held.items() if entry is not None}
 
-    def _entry(self, series: Series, document: Mapping[str, Any], timestamp: int) -> Entry | None:
-        """The entry in the document named by ``timestamp``; None and a report when it is broken.
+    async def _spool_batch(
+        self, series: Series, entries: Sequence[Entry], why: StorageError | None = None
+    ) -> list[Stored]:
+        """Keep entries locally; the series is locked.
 
-        Raises:
-            StorageError: the document is of a schema that this version does not know.
+        What they replace is answered from what this process knows of the backend; where it knows
+        nothing, the answer is that they are new, and a correction is told when the spool is
+        emptied.
         """
-        entry = _read(series, document)
-        if entry is not None and entry.timestamp == timestamp:
-            return entry
-        path = StoragePathUtility.get_raw_data_path(
-            series.exchange, series.coin, timestamp, interval=series.interval.name
+        spool = self._required_spool()
+        timestamps = [entry.timestamp for entry in entries]
+        waiting = await self._read_spool(series, [*spool.timestamps(series)[:1], *timestamps])
+        market = self._markets.get(series) or next(
+            (entry.market for entry in waiting.values()), entries[0].market
         )
-        schema = document.get("schema")
-        if isinstance(schema, int) and schema != SCHEMA:
-            raise StorageError(
-                f"{path}: schema {schema} cannot be read, this service knows schema {SCHEMA}: "
-                f"upgrade the service, or move the document out of the storage root"
-            )
-        broken = self._broken.setdefault(series, set())
-        if timestamp not in broken:
-            broken.add(timestamp)
-            self._log.warning("storage_document_broken", path=path)
-        return None
+        _check_same_market(series, market, entries[0].market)
+        answers = []
+        undecided = set()
+        for entry in entries:
+            key = (series, entry.timestamp)
+            spooled, known = waiting.get(entry.timestamp), self._known.get(key)
+            if spooled is not None:
+                answers.append(_decide(spooled, entry))
+            elif known is not None:
+                answers.append(_decide_by_memory(known, entry))
+            else:
+                answers.append(_decide(None, entry))
+                undecided.add(key)
+        try:
+            kept = [answer.entry for answer in answers if answer.change is not Change.UNCHANGED]
+            if kept:
+                await spool.put(series, kept)
+        except StorageUnavailable as exc:
+            if why is None:
+                raise
+            raise type(exc)(f"{why.message}; {exc.message}") from why
+        self._undecided |= undecided
+        self._waiting.set()
+        return answers
 
-    async def _read_by_name(
-        self, series: Series, wanted: TimeRange, offset: int, count: int
-    ) -> list[Entry | None]:
-        """A page of a range that holds broken documents: slower, and knows which ones they are."""
-        timestamps = await self._storage.list_timestamps(
-            series.exchange, series.coin, wanted.start, wanted.end, interval=series.interval.name
-        )
-        documents = await self._storage.get_entries(
-            series.exchange,
-            series.coin,
-            timestamps[offset : offset + count],
-            interval=series.interval.name,
-        )
-        return [
-            self._entry(series, document, timestamp) for timestamp, document in documents.items()
-        ]
+    async def _spooled(self, series: Series, wanted: TimeRange) -> dict[int, Entry]:
+        if self._spool is None:
+            return {}
+        return await self._read_spool(series, self._spool.timestamps(series, wanted))
 
-    async def _latest_by_name(self, series: Series) -> Entry | None:
-        """The newest entry of a series whose newest document is broken: rare, so found slowly."""
-        timestamps = await self._storage.list_timestamps(
-            series.exchange, series.coin, _EVER.start, _EVER.end, interval=series.interval.name
-        )
-        for timestamp in reversed(timestamps):
-            document = await self._storage.get_entry(
-                series.exchange, series.coin, timestamp, interval=series.interval.name
-            )
-            entry = None if document is None else self._entry(series, document, timestamp)
-            if entry is not None:
-                return entry
-        return None
+    async def _read_spool(self, series: Series, timestamps: Iterable[int]) -> dict[int, Entry]:
+        if self._spool is None:
+            return {}
+        waiting = set(self._spool.timestamps(series))
+        wanted = [timestamp for timestamp in timestamps if timestamp in waiting]
+        return await self._spool.read(series, wanted) if wanted else {}
 
-    def _mend(self, series: Series, timestamps: Sequence[int]) -> None:
-        broken = self._broken.get(series)
-        if broken is not None:
-            broken.difference_update(timestamps)
-            if not broken:
-                del self._broken[series]
+    def _required_spool(self) -> Spool:
+        if self._spool is None:  # cannot be: nothing waits without one
+            raise StorageUnavailable(f"{self._storage.address}: there is no spool")
+        return self._spool
+
+    def _look_at_spool(self) -> None:
+        if self._spool is not None and self._spool.entries:
+            self._waiting.set()
+
+    def _doubt(self) -> None:
+        """The backend refused something: entries wait until it was asked whether it is there."""
+        self._doubted = True
+        self._waiting.set()
+
+    async def _empty_spool(self) -> bool:
+        """Write everything that waits; whether nothing is left to be done."""
+        try:
+            await self._storage.check_writable()
+        except StorageError as exc:
+            self._note_away(exc.message)
+            return False
+        self._note_back()
+        self._stuck.clear()
+        spool = self._required_spool() if self._spool is not None else None
+        for series in spool.serieses() if spool is not None else ():
+            try:
+                await self._empty_series(series)
+            except StorageUnavailable as exc:
+                # Of one series perhaps: it disturbs no other.
+                self._stuck[series] = exc.message
+                log.warning("spool_not_drained", series=str(series), error=exc.message)
+        return not self._stuck
+
+    async def _empty_series(self, series: Series) -> None:
+        spool = self._required_spool()
+        while spool.holds(series) and self._collecting and self._may_write():
+            async with self._lock_of(series):
+                await self._empty_batch(series, spool.timestamps(series)[:DRAIN_BATCH])
+
+    async def _empty_batch(self, series: Series, timestamps: Sequence[int]) -> None:
+        """Move entries that wait to the backend; the series is locked."""
+        spool = self._required_spool()
+        refused = None
+        try:
+            stored = await self._move(spool, series, timestamps)
+        except StorageUnavailable:
+            raise
+        except StorageError as exc:
+            refused = exc
+        else:
+            for outcome in stored:
+                key = (series, outcome.entry.timestamp)
+                if key in self._undecided and outcome.change is Change.REVISED and self._listener:
+                    self._listener.entry_settled(outcome)
+        if refused is not None and len(timestamps) > 1:
+            for timestamp in timestamps:
+                await self._empty_batch(series, [timestamp])
+        elif refused is not None:
+            # Of another market, or a schema from the future: it would be refused for ever.
+            log.error("spooled_entry_refused", series=str(series), error=refused.message)
+            await spool.set_aside(series, timestamps)
+        self._undecided.difference_update((series, timestamp) for timestamp in timestamps)
+
+    async def _move(self, spool: Spool, series: Series, timestamps: Sequence[int]) -> list[Stored]:
+        entries = await spool.read(series, timestamps)
+        unreadable = [timestamp for timestamp in timestamps if timestamp not in entries]
+        if unreadable:
+            log.error("spooled_entries_unreadable", series=str(series), count=len(unreadable))
+            await spool.set_aside(series, unreadable)
+        ascending = [entries[timestamp] for timestamp in sorted(entries)]
+        stored = await self._write_batch(series, ascending) if ascending else []
+        await spool.discard(series, entries)
+        return stored
+
+    def _note_away(self, why: str) -> None:
+        self._doubted = True
+        if self._away is None:
+            log.error("storage_is_away", storage=self._storage.address, error=why)
+            if self._listener is not None:
+                self._listener.storage_changed(available=False)
+        self._away = why
+
+    def _note_back(self) -> None:
+        self._doubted = False
+        if self._away is not None:
+            self._away = None
+            log.info("storage_is_back", storage=self._storage.address)
+            if self._listener is not None:
+                self._listener.storage_changed(available=True)
 
 
 def _decide(held: Entry | None, new: Entry) -> Stored:
     """What storage holds after ``new`` came where ``held`` is."""
     if held is None:
         return Stored(new, Change.ADDED)
-    book = new.order_book or held.order_book
-    if held.candle != new.candle:
-        revised = new.with_order_book(book).with_revision(held.revision + 1)
-        return Stored(revised, Change.REVISED)
+    differs = held.candle != new.candle
+    # What waited in a spool may have been corrected more often, and back to what is held even.
+    if differs or new.revision > held.revision:
+        book = new.order_book or held.order_book
+        revision = max(held.revision + differs, new.revision)
+        return Stored(new.with_order_book(book).with_revision(revision), Change.REVISED)
     if held.order_book is None and new.order_book is not None:
         return Stored(held.with_order_book(new.order_book), Change.BOOK_ADDED)
     return Stored(held, Change.UNCHANGED)
 
 
-def _read(series: Series, document: Mapping[str, Any]) -> Entry | None:
-    """The entry in a document of a series, or None when it holds none."""
-    try:
-        entry = Entry.from_document(document)
-    except InvalidEntry:
-        return None
-    return entry if entry.series == series else None
+def _decide_by_memory(known: _Known, new: Entry) -> Stored:
+    """What the backend will hold once it is back; its book is there and not in memory."""
+    decided = _decide(known.bare, new)
+    if decided.change is Change.BOOK_ADDED and known.has_book:
+        return replace(decided, change=Change.UNCHANGED)
+    return decided
 
 
-async def _read_all(series: Series, documents: Sequence[Mapping[str, Any]]) -> list[Entry | None]:
-    """The entries in many documents, letting others run meanwhile."""
-    entries = []
-    for count, document in enumerate(documents, start=1):
-        entries.append(_read(series, document))
-        if count % _READ_AT_ONCE == 0:
-            await asyncio.sleep(0)
-    return entries
-
-
-def _is_regular(entries: Sequence[Entry | None], wanted: TimeRange) -> bool:
-    """Whether every document held an entry of the range, ascending as their names do."""
-    times = [entry.timestamp for entry in entries if entry is not None]
-    return (
-        len(times) == len(entries)
-        and all(earlier < later for earlier, later in pairwise(times))
-        and (not times or (times[0] in wanted and times[-1] in wanted))
-    )
+def _check_same_market(series: Series, market: str, other: str) -> None:
+    if market != other:
+        raise StorageConflict(
+            f"{series} holds entries of {market} and takes none of {other}; collect {other} as a "
+            f"coin of its own"
+        )
 
 
 def _check_record(path: str) -> None:

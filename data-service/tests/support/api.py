@@ -18,7 +18,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from api.app import build_app
-from api.services import Services
+from api.services import Readiness, Services
 from auth.module import AuthenticationModuleImpl, issue_token
 from collection.interfaces import (
     AddCoinResult,
@@ -477,9 +477,10 @@ def row(entry: Entry) -> list[float]:
 @dataclass
 class FakeHealth:
     reasons: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
-    async def readiness(self) -> list[str]:
-        return list(self.reasons)
+    async def readiness(self) -> Readiness:
+        return Readiness(tuple(self.reasons), tuple(self.warnings))
 
 
 @dataclass

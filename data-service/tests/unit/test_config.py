@@ -61,7 +61,13 @@ def test_a_file_is_read_and_the_environment_wins(
         ("HOST", "", "at least 1"),
         ("PORT", "seventy", "integer"),
         ("PORT", "70000", "65535"),
-        ("STORAGE_TYPE", "floppy", "'local'"),
+        ("STORAGE_TYPE", "floppy", "'local' or 'azure'"),
+        ("STORAGE_TYPE", "azure", "exactly one of them, none is set"),
+        ("AZURE_STORAGE_CONNECTION_STRING", "hunter2-is-secret", "AccountName=...;AccountKey=..."),
+        ("AZURE_STORAGE_CONNECTION_STRING", "AccountName=a", "AccountName=...;AccountKey=..."),
+        ("AZURE_STORAGE_CONNECTION_STRING", "AccountKey=hunter2", "AccountName=...;AccountKey="),
+        ("AZURE_STORAGE_ACCOUNT_URL", "account", "https://account.blob.core.windows.net"),
+        ("AZURE_STORAGE_ACCOUNT_URL", "https://a.net?sig=hunter2", "without a signature"),
         ("STORAGE_ROOT", "", "at least 1"),
         ("STATE_DIR", "", "a folder"),
         ("TARGET_TABLE_PATH", "", "at least 1"),
@@ -102,6 +108,107 @@ def test_a_wrong_setting_is_one_line_that_names_it_and_what_it_takes(
     assert "hunter2" not in wrong.value.message
 
 
+CONNECTION = (
+    "DefaultEndpointsProtocol=https;AccountName=acc;AccountKey=a2V5PT0=;"
+    "EndpointSuffix=core.windows.net"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "takes"),
+    [
+        ({"azure_storage_connection_string": CONNECTION}, "STORAGE_ROOT: takes the name of a con"),
+        ({"azure_storage_connection_string": CONNECTION, "storage_root": "Data"}, "lower-case"),
+        ({"azure_storage_connection_string": CONNECTION, "storage_root": "a--b"}, "single hyphens"),
+        ({"azure_storage_connection_string": CONNECTION, "storage_root": "ab"}, "3 to 63"),
+        (
+            {
+                "azure_storage_connection_string": CONNECTION,
+                "azure_storage_account_url": "https://acc.blob.core.windows.net",
+                "storage_root": "data",
+            },
+            "both are set",
+        ),
+    ],
+)
+def test_settings_of_azure_that_do_not_fit_each_other_are_one_line(
+    settings: dict[str, str], takes: str
+) -> None:
+    with pytest.raises(ConfigurationError) as wrong:
+        load_settings(storage_type="azure", **settings)
+    assert takes in wrong.value.message
+    assert "\n" not in wrong.value.message
+    assert "a2V5" not in wrong.value.message
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        (
+            {"azure_storage_connection_string": CONNECTION},
+            {"account_name": "acc", "account_key": "a2V5PT0="},
+        ),
+        (
+            {
+                "azure_storage_connection_string": "AccountName=devstoreaccount1;AccountKey=a2V5;"
+                "BlobEndpoint=http://127.0.0.1:10000/devstoreaccount1;"
+            },
+            {
+                "account_name": "devstoreaccount1",
+                "account_key": "a2V5",
+                "endpoint": "http://127.0.0.1:10000/devstoreaccount1",
+                "allow_http": "true",
+            },
+        ),
+        (
+            {
+                "azure_storage_connection_string": "BlobEndpoint=https://acc.blob.core.windows.net"
+                "/;SharedAccessSignature=sv=2024&sig=a%3D"
+            },
+            {"account_name": "acc", "sas_token": "sv=2024&sig=a%3D"},
+        ),
+        (
+            {"azure_storage_account_url": "https://acc.blob.core.windows.net/"},
+            {"account_name": "acc"},
+        ),
+        (
+            {"azure_storage_account_url": "https://acc.blob.example.org"},
+            {"account_name": "acc", "endpoint": "https://acc.blob.example.org"},
+        ),
+        (
+            {
+                "azure_storage_connection_string": CONNECTION,
+                "azure_storage_options": '{"account_name": "other"}',
+            },
+            {"account_name": "other"},
+        ),
+    ],
+)
+def test_the_table_of_targets_is_reached_as_the_storage_is_unless_told_otherwise(
+    settings: dict[str, str], options: dict[str, str]
+) -> None:
+    loaded = load_settings(storage_type="azure", storage_root="candles", **settings)
+    assert (loaded.targets_on, loaded.targets_path) == ("azure", "az://candles/targets_delta")
+    assert loaded.targets_options == options
+
+
+def test_a_local_table_beside_azure_storage_lies_in_the_state_folder() -> None:
+    loaded = load_settings(
+        storage_type="azure",
+        storage_root="candles",
+        azure_storage_connection_string=CONNECTION,
+        target_storage_type="local",
+        state_dir="/state",
+    )
+    assert loaded.targets_path == "/state/targets_delta"
+    assert loaded.targets_options == {}
+
+
+def test_a_root_is_redirected_when_an_enabled_exchange_is() -> None:
+    assert not load_settings().redirected
+    assert load_settings(exchange_endpoints={"crypto.com": "http://127.0.0.1:9400"}).redirected
+
+
 def test_a_file_that_is_no_text_is_one_line_without_its_content(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"AUTH_SECRET=hunter2-\xff\n")
     with pytest.raises(ConfigurationError) as wrong:
@@ -112,6 +219,7 @@ def test_a_file_that_is_no_text_is_one_line_without_its_content(tmp_path: Path) 
 def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTH_SECRET", "hunter2-" * 5)
     monkeypatch.setenv("EXCHANGE_CREDENTIALS", '{"crypto.com": {"secret": "hunter2"}}')
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=a;AccountKey=hunter2")
     assert "hunter2" not in repr(load_settings())
 
 

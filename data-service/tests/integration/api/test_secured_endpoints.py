@@ -124,13 +124,21 @@ class TestOpen:
     async def test_readiness_tells_its_reasons(
         self, client: httpx.AsyncClient, world: World
     ) -> None:
-        assert (await client.get("/health/ready")).json() == {"status": "ready", "reasons": []}
+        world.health.warnings = ["the disk is nearly full"]
+        response = await client.get("/health/ready")
+        assert response.status_code == 200
+        assert response.json() == {
+            "status": "ready",
+            "reasons": [],
+            "warnings": ["the disk is nearly full"],
+        }
         world.health.reasons = ["storage: the disk is full"]
         response = await client.get("/health/ready")
         assert response.status_code == 503
         assert response.json() == {
             "status": "not_ready",
             "reasons": ["storage: the disk is full"],
+            "warnings": ["the disk is nearly full"],
         }
 
     async def test_requests_are_counted_by_operation_not_by_path(

@@ -1,0 +1,53 @@
+"""Whether the service can do its work now, put together from its parts."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from api.services import Readiness
+from collection.role import CollectorRole
+from errors import DataServiceError
+from storage.interfaces import IStorageManager
+
+READY_TIMEOUT_S: Final = 3.0
+
+
+class Health:
+    """Why the service is not ready: while it starts or drains, when storage refuses, and when
+    nobody can say who collects. What is merely worth knowing is a warning."""
+
+    def __init__(self, storage: IStorageManager, role: CollectorRole) -> None:
+        self._storage = storage
+        self._role = role
+        self.phase = "starting"
+
+    async def readiness(self) -> Readiness:
+        if self.phase != "running":
+            return Readiness((f"the service is {self.phase}",))
+        reasons, warnings = [], []
+        if self._role.other is not None:
+            warnings.append(
+                f"standing by: {self._role.other} collects into this root; this service serves "
+                f"what is stored, and takes over when the other is gone"
+            )
+        elif not self._role.collecting:
+            reasons.append(f"not collecting yet: {self._role.trouble or 'the root was not asked'}")
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self._storage.check_health()
+                warnings += await self._storage.warnings()
+        except TimeoutError:
+            reasons.append(f"storage did not answer within {READY_TIMEOUT_S:g} s")
+        except DataServiceError as exc:
+            reasons.append(f"storage: {exc.message}")
+        status = self._storage.status
+        reasons += [f"storage: {why}" for why in status.stuck]
+        if status.spool_full:
+            reasons.append("the spool is full: what is collected now is refused")
+        if status.spooled:
+            warnings.append(
+                f"{status.spooled} entries ({status.spooled_bytes} bytes) wait in the spool for "
+                f"the storage"
+            )
+        return Readiness(tuple(reasons), tuple(warnings))
