@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -41,6 +42,19 @@ def test_the_locks_hold_every_dependency_by_hash_and_agree() -> None:
         text = (ROOT / lock).read_text()
         assert "--hash=sha256:" in text
         assert "http" not in re.sub(r"^[a-z0-9._-]+==.*$", "", text, flags=re.MULTILINE)
+
+
+def test_the_emulator_of_azure_is_one_version_locked_by_hash_without_addresses() -> None:
+    folder = ROOT / "data-service/tests/azurite"
+    package = json.loads((folder / "package.json").read_text())
+    assert package["dependencies"] == {"azurite": "3.35.0"}
+    lock = json.loads((folder / "package-lock.json").read_text())
+    root = lock["packages"].pop("")
+    assert root["dependencies"] == package["dependencies"]
+    assert lock["packages"]["node_modules/azurite"]["version"] == "3.35.0"
+    for name, locked_package in lock["packages"].items():
+        assert "resolved" not in locked_package, name
+        assert locked_package["integrity"].startswith("sha512-"), name
 
 
 def test_the_image_copies_what_exists() -> None:

@@ -16,3 +16,14 @@ async def test_local_storage_writes_below_the_root_of_the_settings(tmp_path: Pat
     await storage.write_blob("ledger/x", b"1")
     assert (tmp_path / "root/ledger/x").read_bytes() == b"1"
     await storage.close()
+
+
+async def test_azure_storage_lies_in_the_container_that_the_settings_name() -> None:
+    settings = load_settings(
+        storage_type="azure",
+        storage_root="candles",
+        azure_storage_connection_string="AccountName=acc;AccountKey=a2V5",
+    )
+    storage = create_storage(settings)
+    assert storage.address == "azure:acc/candles"
+    await storage.close()
