@@ -133,6 +133,8 @@ async def _assembled(
             if not await check_stamp(raw_storage, redirected=settings.redirected):
                 await write_stamp(raw_storage, redirected=settings.redirected)
             await targets.open()
+            # Who collected before may have left entries there.
+            await spool.open()
             storage.collect()
             reconciler.collect()
             await collection.resume()
