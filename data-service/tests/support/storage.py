@@ -185,7 +185,9 @@ class InMemoryStorage(IRawDataStorage):
         prefix = StoragePathUtility.exchange_path(exchange_name) + "/"
         self.check()
         names = {
-            path[len(prefix) :].split("/")[0] for path in self.blobs if path.startswith(prefix)
+            path[len(prefix) :].split("/")[0]
+            for path in self.blobs
+            if path.startswith(prefix) and "/" in path[len(prefix) :]
         }
         return sorted(
             coin for name in names if (coin := StoragePathUtility.decode_name(name)) is not None
