@@ -30,6 +30,7 @@ from historical.current_fetcher import CurrentDataFetcher
 from historical.fetcher import HistoricalFetcher
 from historical.manager import HistoricalDataManagerImpl
 from reconciliation.reconciler import Reconciler
+from storage.collector_identity import CollectorIdentity
 from storage.factory import create_storage, spool_folder
 from storage.interfaces import (
     ICollectorLock,
@@ -92,7 +93,9 @@ async def _assembled(
         spool = Spool(spool_folder(settings, raw_storage))
         stack.push_async_callback(spool.close)
         await spool.open()
-        lock = raw_storage.collector_lock()
+        identity = CollectorIdentity(spool_folder(settings, raw_storage))
+        stack.callback(identity.release)
+        lock = raw_storage.collector_lock(identity=await asyncio.to_thread(identity.claim))
         stack.push_async_callback(lock.release)
         storage = StorageManagerImpl(raw_storage, spool=spool, lock=lock, clock=clock)
         targets = TargetManager.from_settings(settings, clock)

@@ -120,6 +120,13 @@ async def check_all_stored(running: Stack, azurite: Azurite, start: int, end: in
     } == truth
 
 
+async def state_of_storage(feed: Feed) -> str:
+    """What subscribers are told next of the storage."""
+    while (message := await feed.next("status"))["component"] != "storage":
+        pass
+    return str(message["state"])
+
+
 async def follow(feed: Feed, next_open: int, count: int) -> int:
     """Read closed candles, each of which must be the next one; the one that comes after them."""
     for _ in range(count):
@@ -148,7 +155,7 @@ async def test_an_outage_of_the_storage_loses_nothing_and_keeps_the_order(
             # It goes on meanwhile: what closes is told, in order, and waits on the local disk.
             lost_from = next_open
             next_open = await follow(feed, next_open, 5)
-            assert (await feed.next("status"))["state"] == "degraded"
+            assert await state_of_storage(feed) == "degraded"
             assert await metric(running, "cb_trade_spool_entries") >= 4
             assert await metric(running, "cb_trade_storage_available") == 0
             async with running.http(token) as client:
@@ -162,7 +169,7 @@ async def test_an_outage_of_the_storage_loses_nothing_and_keeps_the_order(
             await asyncio.sleep(max(0.0, began + OUTAGE_S - asyncio.get_running_loop().time()))
             await asyncio.to_thread(azurite.start)
             await until(lambda: all_written(running))
-            assert (await feed.next("status"))["state"] == "connected"
+            assert await state_of_storage(feed) == "connected"
             back_at = running.clock.now_ms() // MINUTE * MINUTE
             next_open = await follow(feed, next_open, (back_at - next_open) // MINUTE + 2)
 
@@ -222,7 +229,7 @@ async def test_a_wrong_key_stops_the_start_with_one_line(tmp_path: Path, azurite
             await running.start_service()
         log = (tmp_path / "service-2.log").read_text()
         assert f"{CONTAINER}" in log
-        assert "check the key" in log
+        assert "check the account's key" in log
         assert "Traceback" not in log
         assert "AAAA" not in log
         running.settings["AZURE_STORAGE_CONNECTION_STRING"] = azurite.connection_string

@@ -231,7 +231,7 @@ class InMemoryStorage(IRawDataStorage):
         self.check()
         return list(self.warns)
 
-    def collector_lock(self) -> InMemoryCollectorLock:
+    def collector_lock(self, *, identity: str | None = None) -> InMemoryCollectorLock:
         return InMemoryCollectorLock(self, f"lock {next(self._locks)} of {self.address}")
 
     async def close(self) -> None:

@@ -354,7 +354,8 @@ class LocalFileStorage(IRawDataStorage):
         space = await self._run(lambda _: self._disk.space(), "")
         return _shortages(self._disk.root, space)
 
-    def collector_lock(self) -> ICollectorLock:
+    def collector_lock(self, *, identity: str | None = None) -> ICollectorLock:  # noqa: ARG002
+        # The system frees the lock of a process that is dead: there is nothing to take back.
         return FileCollectorLock(
             self._disk,
             lambda take: self._run(lambda work: take(work.check), COLLECTOR_LOCK),
