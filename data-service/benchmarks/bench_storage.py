@@ -9,8 +9,8 @@ Ours is ``StorageManagerImpl.get_raw_data_range``, which is what history is read
 entries are returned, all of them at once. The yardsticks return all their documents at once too:
 
 - local: ``[json.loads(path.read_bytes()) for path in sorted(root.rglob("*.json"))]``
-- Azure: ``[await container.download_blob(name) ... json.loads]``, one blob after the other, through
-  the same client library.
+- Azure: ``json.loads(await (await container.download_blob(name)).readall())`` of one name after the
+  other, as ``list_blob_names`` gives them, through the same client library.
 """
 
 from __future__ import annotations
@@ -22,25 +22,39 @@ import json
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from azure.storage.blob.aio import ContainerClient
+
 from domain.candle import Candle
 from domain.entry import Entry
 from domain.interval import Interval
 from domain.order_book import OrderBook
 from domain.series import Series
+from storage.documents import encode_document
+from storage.implementations.azure_blob_storage import AzureBlobStorage
 from storage.implementations.local_file_storage import LocalFileStorage
 from storage.manager import StorageManagerImpl
+from storage.path_utility import StoragePathUtility
+
+# The emulator and the stub are those of the tests.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.azurite import running_azurite
+from tests.support.blob_stub import blob_stub_process
 
 SERIES = Series("crypto.com", "BTC", Interval.parse("5m"))
 STEP = SERIES.interval.milliseconds
 YEAR_START = 1_735_689_600_000  # 2025-01-01
 YEAR = 105_120
 DAY = 288
+MONTH = 30 * DAY
+REGION_DELAY_S = 0.020
+CONTAINER = "bench"
 REPEATS = 3
 # How many entries are handed over at once, and how many the API gives at once.
 BATCH = 288
@@ -163,6 +177,44 @@ async def local(folder: Path, *, books: bool) -> None:
         shutil.rmtree(root)
 
 
+async def one_after_the_other(connection: str) -> list[Any]:
+    """The yardstick on Azure."""
+    client = ContainerClient.from_connection_string(connection, CONTAINER)
+    async with client:
+        return [
+            json.loads(await (await client.download_blob(name)).readall())
+            async for name in client.list_blob_names(name_starts_with="raw_data/")
+        ]
+
+
+async def azure(connection: str, where: str, *, filled: bool) -> None:
+    """A month in a container; measured once, since the yardstick takes minutes."""
+    storage = AzureBlobStorage(CONTAINER, connection_string=connection)
+    manager = StorageManagerImpl(storage)
+    try:
+        await storage.open()
+        if not filled:
+            took = await fill(manager, MONTH, books=True)
+            print(f"a month stored on {where}, a day at a time: {took:.1f} s", flush=True)
+        assert len(await read(manager, YEAR_START, YEAR_START + STEP)) == 1
+        ours = await timed(lambda: read(manager, YEAR_START, YEAR_START + MONTH * STEP))
+        theirs = await timed(lambda: one_after_the_other(connection))
+        show(f"a month on {where}", [ours], "one blob after the other", [theirs])
+        latest = await timed(lambda: manager.get_latest_entry("crypto.com", "BTC"))
+        print(f"the latest entry of a month on {where}: {latest:.3f} s", flush=True)
+    finally:
+        await storage.close()
+
+
+def month_of_blobs() -> dict[str, bytes]:
+    """What a container holds of a month."""
+    blobs = {}
+    for entry in entries(MONTH, books=True):
+        path = StoragePathUtility.get_raw_data_path("crypto.com", "BTC", entry.timestamp)
+        blobs[path] = encode_document(path, entry.to_document())
+    return blobs
+
+
 async def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -173,6 +225,11 @@ async def main() -> None:
         if only != "azure":
             await local(folder, books=False)
             await local(folder, books=True)
+        if only != "local":
+            with blob_stub_process(month_of_blobs(), delay_s=REGION_DELAY_S) as connection:
+                await azure(connection, "a stub with 20 ms a request", filled=True)
+            with running_azurite() as emulator:
+                await azure(emulator.connection_string, "Azurite", filled=False)
     finally:
         shutil.rmtree(folder)
 
