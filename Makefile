@@ -10,6 +10,10 @@ LOCK_FLAGS := --universal --python-version 3.11 --generate-hashes --no-header --
 # Some machines forbid bytecode, and importing ccxt without it costs seconds at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
+# The blob storage that tests run against; its packages are locked by hash.
+AZURITE := data-service/tests/azurite
+AZURITE_READY := $(AZURITE)/node_modules/.ready
+
 .PHONY: help setup run run-live test check format bench lock clean
 
 help: ## Show what can be done here
@@ -26,13 +30,20 @@ $(VENV)/.ready: requirements-bootstrap.lock requirements-dev.lock pyproject.toml
 	@$(BIN)/python -m compileall -q data-service/src
 	@touch $@
 
+$(AZURITE_READY): $(AZURITE)/package.json $(AZURITE)/package-lock.json
+	@command -v npm >/dev/null && command -v node >/dev/null || \
+		{ echo "make: tests need node and npm (Node.js 20 or newer) for Azurite; install them" >&2; exit 1; }
+	@echo "Setting up Azurite ..."
+	@cd $(AZURITE) && npm ci --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error >/dev/null
+	@touch $@
+
 run: setup ## Run the service on a simulated market, with BTC and ETH collected (Ctrl-C stops it)
 	@exec $(BIN)/python -m demo
 
 run-live: setup ## The same on the real exchanges
 	@exec $(BIN)/python -m demo --live
 
-test: setup ## Run every test
+test: setup $(AZURITE_READY) ## Run every test
 	@$(BIN)/python -m pytest
 
 check: setup ## Lint, types and the architecture rules
@@ -46,7 +57,7 @@ format: setup ## Format the code and mend what the linter can
 	@$(BIN)/ruff format data-service
 	@$(BIN)/ruff check --fix data-service
 
-bench: setup ## Run the benchmarks
+bench: setup $(AZURITE_READY) ## Run the benchmarks
 	@for bench in data-service/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
 
 lock: setup ## Make the locks anew from pyproject.toml
@@ -55,5 +66,5 @@ lock: setup ## Make the locks anew from pyproject.toml
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
 
 clean: ## Remove the environment and every cache (collected data stays)
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(AZURITE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find data-service -name __pycache__ -prune -exec rm -rf {} +

@@ -86,7 +86,7 @@ async def test_a_second_service_serves_what_is_stored_and_takes_over_when_the_fi
             await first.kill_service()
 
             async def took_over() -> bool:
-                return (await readiness(second))[1]["warnings"] == []
+                return bool((await readiness(second))[1]["warnings"] == [])
 
             await until(took_over)
             async with second.websocket(token) as socket:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,9 +17,12 @@ from structlog.testing import capture_logs
 
 from domain.clock import MarketClock
 from domain.entry import Entry
+from domain.interval import DEFAULT_INTERVAL
 from domain.time_range import TimeRange
+from storage.documents import read_json
 from storage.interfaces import (
     Change,
+    Decode,
     IStorageListener,
     NotTheCollector,
     SpoolFull,
@@ -342,12 +346,19 @@ class OneCoinDenied(InMemoryStorage):
 
     denied: str | None = "BTC"
 
-    async def get_latest_entry(  # type: ignore[override]
-        self, exchange_name: str, coin_symbol: str, **options: object
-    ) -> object:
+    async def get_latest_entry(
+        self,
+        exchange_name: str,
+        coin_symbol: str,
+        *,
+        interval: str = DEFAULT_INTERVAL,
+        decode: Decode = read_json,
+    ) -> Any | None:
         if coin_symbol == self.denied:
             raise StorageDenied("raw_data/crypto.com/BTC: permission denied")
-        return await super().get_latest_entry(exchange_name, coin_symbol, **options)
+        return await super().get_latest_entry(
+            exchange_name, coin_symbol, interval=interval, decode=decode
+        )
 
 
 async def test_one_series_that_is_refused_disturbs_no_other(tmp_path: Path) -> None:
