@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 from storage.implementations.disk import Disk
@@ -35,6 +37,8 @@ class FileCollectorLock(ICollectorLock):
         self._disk = disk
         self._run = run
         self._turn = asyncio.Lock()
+        # The event loop asks whether it is held while a thread renews it.
+        self._guard = threading.Lock()
         self._descriptor: int | None = None
         self._holder: str | None = None
 
@@ -44,13 +48,14 @@ class FileCollectorLock(ICollectorLock):
 
     async def release(self) -> None:
         async with self._turn:
-            if self._descriptor is not None:
-                self._drop()
+            self._drop()
 
     @property
     def is_held(self) -> bool:
-        # The system knows this of an open file without asking the disk.
-        return self._descriptor is not None and os.fstat(self._descriptor).st_nlink > 0
+        with self._guard, suppress(OSError):
+            # The system knows this of an open file without asking the disk.
+            return self._descriptor is not None and os.fstat(self._descriptor).st_nlink > 0
+        return False
 
     @property
     def holder(self) -> str | None:
@@ -75,13 +80,15 @@ class FileCollectorLock(ICollectorLock):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, me.encode(), 0)
             check()
-            self._holder, self._descriptor, descriptor = me, descriptor, -1
+            with self._guard:
+                self._holder, self._descriptor, descriptor = me, descriptor, -1
             return True
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
 
     def _drop(self) -> None:
-        descriptor, self._descriptor, self._holder = self._descriptor, None, None
-        if descriptor is not None:
-            os.close(descriptor)
+        with self._guard, suppress(OSError):
+            descriptor, self._descriptor, self._holder = self._descriptor, None, None
+            if descriptor is not None:
+                os.close(descriptor)

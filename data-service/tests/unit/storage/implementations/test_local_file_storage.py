@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from structlog.testing import capture_logs
 from storage.implementations import disk as disk_module
 from storage.implementations.disk import Disk, Folder
 from storage.implementations.local_file_storage import LocalFileStorage
+from storage.implementations.staging import sweep
 from storage.interfaces import (
     StaleVersion,
     StorageDenied,
@@ -738,6 +740,25 @@ async def test_what_cannot_be_swept_stops_nobody(
     await storage.close()
 
 
+async def test_a_new_writer_that_is_swept_before_it_locked_its_folder_makes_another(
+    storage: LocalFileStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.mkdir
+    sweeps: list[str] = []
+
+    def make_then_sweep(path: str, *rest: Any, **options: Any) -> None:
+        real(path, *rest, **options)
+        if str(path).startswith(str(staging_of(tmp_path))) and len(sweeps) < 3:
+            sweeps.append(path)
+            sweep(str(staging_of(tmp_path)))
+
+    monkeypatch.setattr(os, "mkdir", make_then_sweep)
+    await storage.save_entry("crypto.com", "BTC", NOON, {"close": 1})
+    assert len(sweeps) == 3
+    assert await storage.get_entry("crypto.com", "BTC", NOON) == {"close": 1}
+    assert len(names_in(staging_of(tmp_path))) == 1
+
+
 async def test_a_writer_whose_unfinished_files_are_taken_away_writes_again(
     tmp_path: Path,
 ) -> None:
@@ -922,6 +943,30 @@ async def test_a_lock_file_that_is_taken_away_is_noticed(
     assert not first.is_held
     await second.release()
     assert await first.acquire()
+    await first.release()
+
+
+async def test_a_lock_file_that_is_deleted_while_it_is_taken_is_not_the_lock(
+    storage: LocalFileStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = storage.collector_lock(), storage.collector_lock()
+    file = tmp_path / ".cb-trade/collector.lock"
+    real = fcntl.flock
+    deletions = 2
+
+    def delete_then_lock(descriptor: int, operation: int) -> None:
+        nonlocal deletions
+        if deletions:
+            deletions -= 1
+            file.unlink()
+        real(descriptor, operation)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", delete_then_lock)
+        assert await first.acquire()
+    assert deletions == 0
+    assert first.is_held
+    assert not await second.acquire()
     await first.release()
 
 
