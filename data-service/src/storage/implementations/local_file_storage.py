@@ -243,12 +243,13 @@ class LocalFileStorage(IRawDataStorage):
             found: list[Any] = []
             with closing(self._listed(coin_path, ending, wanted, work)) as listed:
                 for folder, files in listed:
-                    for timestamp, name in files:
-                        if len(found) >= last:
-                            return found[offset:]
-                        document = self._read(folder, name, timestamp, decode)
-                        if document is not None and document[0] is not None:
-                            found.append(document[0])
+                    # A page is filled past documents that cannot be read, and not beyond.
+                    while files and len(found) < last:
+                        most = last - len(found)
+                        self._read_all(folder, files[:most], decode, found)
+                        files = files[most:]  # noqa: PLW2901
+                    if len(found) >= last:
+                        break
             return found[offset:]
 
         return await self._run(read, coin_path) if last else []
@@ -461,6 +462,21 @@ class LocalFileStorage(IRawDataStorage):
         elif self._unreadable:
             self._unreadable.discard(f"{folder.path}/{name}")
         return document, found[1]
+
+    def _read_all(
+        self, folder: Folder, files: Sequence[tuple[int, str]], decode: Decode, found: list[Any]
+    ) -> None:
+        """Add what ``decode`` makes of documents; a year has a hundred thousand of them."""
+        read, unreadable = self._disk.read_small, self._unreadable
+        for timestamp, name in files:
+            content = read(folder, name)
+            document = decode(timestamp, content) if content is not None else None
+            if document is None or (unreadable and f"{folder.path}/{name}" in unreadable):
+                # A closer look, which also reports what cannot be read and what can be again.
+                looked = self._read(folder, name, timestamp, decode)
+                document = looked[0] if looked is not None else None
+            if document is not None:
+                found.append(document)
 
     def _report(self, path: str) -> None:
         if path not in self._unreadable:
