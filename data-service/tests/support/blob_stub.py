@@ -21,7 +21,7 @@ from tests.support.azurite import ACCOUNT, connection_string
 PAGE: Final = 5000
 START_TIMEOUT_S: Final = 30.0
 _MODIFIED: Final = "Sun, 22 Nov 2026 12:00:00 GMT"
-_TYPES: Final = {"Last-Modified": _MODIFIED, "x-ms-version": "2021-12-02"}
+_HEADERS: Final = {"Last-Modified": _MODIFIED, "x-ms-request-id": "stub"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Hang:
 
 @dataclass(frozen=True, slots=True)
 class Truncate:
-    """Answer, and break the connection in the middle of the body."""
+    """Answer, and break the connection in the middle of the body, or before it where none is."""
 
 
 Fault = Answer | Reset | Hang | Truncate
@@ -93,7 +93,7 @@ class BlobStub:
         application = web.Application(client_max_size=2**26)
         application.router.add_route("*", "/{account}/{container}", self._handle)
         application.router.add_route("*", "/{account}/{container}/{name:.+}", self._handle)
-        runner = web.AppRunner(application, shutdown_timeout=1)
+        runner = web.AppRunner(application, access_log=None, shutdown_timeout=1)
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -130,7 +130,10 @@ class BlobStub:
                     await self._serve(request, name)
                 return _broken(request)
             case Truncate():
-                return await _truncated(request, await self._serve(request, name))
+                whole = await self._serve(request, name)
+                if not isinstance(whole.body, bytes):
+                    return _broken(request)
+                return await _truncated(request, whole, whole.body)
             case None:
                 return await self._serve(request, name)
 
@@ -138,7 +141,7 @@ class BlobStub:
         if not name:
             if request.method == "GET":
                 return self._listing(request.query)
-            return web.Response(status=201, headers=_TYPES)
+            return web.Response(status=201, headers=_HEADERS)
         if request.method == "PUT":
             return self._put(name, await request.read(), request.headers)
         return self._get(name, request.headers)
@@ -147,7 +150,7 @@ class BlobStub:
         content = self.blobs.get(name)
         if content is None:
             return web.Response(status=404, headers={"x-ms-error-code": "BlobNotFound"})
-        headers = {**_TYPES, "ETag": self._etag(name), "x-ms-blob-type": "BlockBlob"}
+        headers = {**_HEADERS, "ETag": self._etag(name), "x-ms-blob-type": "BlockBlob"}
         if "x-ms-range" not in asked:
             return web.Response(body=content, headers=headers)
         if not content:
@@ -163,7 +166,7 @@ class BlobStub:
             return web.Response(status=412, headers={"x-ms-error-code": "ConditionNotMet"})
         self.blobs[name] = content
         self._versions[name] = self._versions.get(name, 0) + 1
-        return web.Response(status=201, headers={**_TYPES, "ETag": self._etag(name)})
+        return web.Response(status=201, headers={**_HEADERS, "ETag": self._etag(name)})
 
     def _etag(self, name: str) -> str:
         return f'"0x{self._versions.get(name, 0):X}"'
@@ -202,7 +205,7 @@ class BlobStub:
             + f"</Blobs><NextMarker>{escape(names[position]) if more else ''}</NextMarker>"
             "</EnumerationResults>"
         )
-        return web.Response(body=text.encode(), headers={**_TYPES, "Content-Type": "text/xml"})
+        return web.Response(body=text.encode(), headers={**_HEADERS, "Content-Type": "text/xml"})
 
 
 def _blob_xml(name: str) -> str:
@@ -219,12 +222,11 @@ def _broken(request: web.Request) -> web.Response:
     return web.Response()
 
 
-async def _truncated(request: web.Request, whole: web.Response) -> web.StreamResponse:
-    assert isinstance(whole.body, bytes)
+async def _truncated(request: web.Request, whole: web.Response, body: bytes) -> web.StreamResponse:
     answer = web.StreamResponse(status=whole.status, headers=whole.headers)
-    answer.content_length = len(whole.body)
+    answer.content_length = len(body)
     await answer.prepare(request)
-    await answer.write(whole.body[: len(whole.body) // 2])
+    await answer.write(body[: len(body) // 2])
     assert request.transport is not None
     request.transport.abort()
     return answer

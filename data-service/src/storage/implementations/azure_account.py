@@ -88,11 +88,10 @@ class AzureAccount:
         silent.setLevel(logging.ERROR)
         options: dict[str, Any] = {
             "retry_total": 0,
+            "permit_redirects": False,
             "transport": WholeBodyTransport(),
             "logger": silent,
-            "user_agent": "cb-trade-data",
-            "user_agent_overwrite": True,
-            "user_agent_use_env": False,
+            "base_user_agent": "cb-trade-data",
         }
         if self.connection_string is not None:
             try:

@@ -377,11 +377,8 @@ class AzureBlobStorage(IRawDataStorage):
                 "etag": version,
                 "match_condition": MatchConditions.IfNotModified,
             }
-        tries = 0
 
         async def put() -> bool:
-            nonlocal tries
-            tries += 1
             try:
                 await self._blob(path).upload_blob(content, content_settings=_JSON, **options)
             except HttpResponseError as exc:
@@ -390,14 +387,13 @@ class AzureBlobStorage(IRawDataStorage):
                 return False
             return True
 
-        written = await self._calls.write(path, put)
-        if not written and tries > 1:
-            # It may be the first try that was carried out, and its answer lost.
+        if not await self._calls.write(path, put):
+            # It may have been carried out and its answer lost, so that it was sent again.
             found = await self._get(path)
-            written = found is not None and found[0] == content
-        if written:
-            self._unreadable.discard(path)
-        return written
+            if found is None or found[0] != content:
+                return False
+        self._unreadable.discard(path)
+        return True
 
     async def _document(self, timestamp: int, path: str, decode: Decode) -> Held | None:
         found = await self._get(path)

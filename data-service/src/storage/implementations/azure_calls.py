@@ -11,8 +11,6 @@ import aiohttp
 from azure.core.exceptions import (
     AzureError,
     ClientAuthenticationError,
-    DecodeError,
-    DeserializationError,
     HttpResponseError,
     IncompleteReadError,
     ServiceRequestError,
@@ -29,20 +27,24 @@ _DENIED: Final = (401, 403)
 _THROTTLED: Final = (429, 503)
 _PASSING: Final = (408, *_THROTTLED, 500, 502, 504)
 
+# What the service puts into every answer.
+_REQUEST_ID: Final = "x-ms-request-id"
 _BLOB_NOT_FOUND: Final = "BlobNotFound"
 # What the service answers where a condition of a write does not hold.
 _CONDITION_CODES: Final = ("BlobAlreadyExists", "ConditionNotMet", "TargetConditionNotMet")
 _HELD_CODES: Final = ("LeaseAlreadyPresent", "LeaseIsBreakingAndCannotBeAcquired")
 
-# What the SDK makes of an answer that is none of the service's.
-_NO_ANSWER_OF_AZURE: Final = (DecodeError, DeserializationError, AttributeError, KeyError)
+
+class NotAzureError(AzureError):
+    """What answers is not Azure Blob Storage."""
 
 
 class WholeBodyTransport(AioHttpTransport):  # type: ignore[misc]  # exported without a type
-    """Reads the body of every answer at once.
+    """Reads the body of every answer at once, and believes only answers of the service.
 
-    Otherwise the SDK reads the body of a blob when the request is over for its own machinery, and
-    on an incomplete one asks again by itself, seconds apart, whatever its retries are set to.
+    Otherwise a proxy's page could pass for an empty listing, and the SDK reads the body of a blob
+    when the request is over for its own machinery, and on an incomplete one asks again by itself,
+    seconds apart, whatever its retries are set to.
     """
 
     async def send(self, request: Any, **options: Any) -> Any:
@@ -53,6 +55,8 @@ class WholeBodyTransport(AioHttpTransport):  # type: ignore[misc]  # exported wi
         except IncompleteReadError as exc:
             # Of a kind that the SDK lets through.
             raise ServiceResponseError(exc, error=exc) from exc
+        if response.status_code < 400 and _REQUEST_ID not in response.headers:
+            raise NotAzureError(f"answered {response.status_code} without {_REQUEST_ID}")
         return response
 
 
@@ -115,7 +119,8 @@ class AzureCalls:
             raise StorageUnavailable(
                 f"{where}: Azure has not answered in time; check the network"
             ) from exc
-        except (AzureError, *_NO_ANSWER_OF_AZURE) as exc:
+        except (AzureError, ValueError) as exc:
+            # The SDK has plain errors for headers that make no sense.
             raise _translated(where, exc) from exc
 
     async def _repeated(self, send: Callable[[], Awaitable[_T]], bound: asyncio.Timeout) -> _T:
@@ -215,10 +220,7 @@ def _translated(where: str, exc: Exception) -> StorageError:
         return StorageUnavailable(
             f"{where}: no connection to Azure, or it broke; check the network and its firewall"
         )
-    return StorageError(
-        f"{where}: what answers is not Azure Blob Storage ({type(exc).__name__}); check the "
-        f"address of the account"
-    )
+    return _not_azure(where, type(exc).__name__)
 
 
 def _of_status(where: str, exc: HttpResponseError, status: int) -> StorageError:
@@ -241,4 +243,13 @@ def _of_status(where: str, exc: HttpResponseError, status: int) -> StorageError:
         )
     if status in _PASSING:
         return StorageUnavailable(f"{where}: Azure fails for now ({said})")
+    if code is None:
+        return _not_azure(where, said)
     return StorageError(f"{where}: Azure refuses ({said}); check what lies there")
+
+
+def _not_azure(where: str, said: str) -> StorageUnavailable:
+    return StorageUnavailable(
+        f"{where}: what answers is not Azure Blob Storage ({said}); check the address of the "
+        f"account, and proxies on the way"
+    )
