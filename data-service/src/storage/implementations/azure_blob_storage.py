@@ -22,6 +22,7 @@ from storage.documents import check_page, encode_document, read_json
 from storage.implementations.azure_account import AzureAccount
 from storage.implementations.azure_calls import (
     AzureCalls,
+    download,
     error_code,
     in_parallel,
     is_missing,
@@ -352,8 +353,7 @@ class AzureBlobStorage(IRawDataStorage):
 
         async def get() -> tuple[bytes, str] | None:
             try:
-                answer = await self._blob(path).download_blob()
-                return await answer.readall(), answer.properties.etag
+                return await download(self._container, path)
             except HttpResponseError as exc:
                 if not is_missing(exc):
                     raise
