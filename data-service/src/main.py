@@ -23,14 +23,21 @@ from collection.manager import DataCollectionManagerImpl
 from collection.processor import RealTimeProcessor
 from collection.role import CollectorRole
 from config import Settings
+from domain.clock import IClock
 from errors import ConfigurationError, DataServiceError
 from exchange_source.microkernel import DataSourceConnectorImpl
 from historical.current_fetcher import CurrentDataFetcher
 from historical.fetcher import HistoricalFetcher
 from historical.manager import HistoricalDataManagerImpl
 from reconciliation.reconciler import Reconciler
+from storage.collector_identity import CollectorIdentity
 from storage.factory import create_storage, spool_folder
-from storage.interfaces import StorageDenied, StorageUnavailable
+from storage.interfaces import (
+    ICollectorLock,
+    IRawDataStorage,
+    StorageDenied,
+    StorageUnavailable,
+)
 from storage.manager import StorageManagerImpl
 from storage.root_stamp import check_stamp, write_stamp
 from storage.spool import Spool
@@ -86,7 +93,9 @@ async def _assembled(
         spool = Spool(spool_folder(settings, raw_storage))
         stack.push_async_callback(spool.close)
         await spool.open()
-        lock = raw_storage.collector_lock()
+        identity = CollectorIdentity(spool_folder(settings, raw_storage))
+        stack.callback(identity.release)
+        lock = raw_storage.collector_lock(identity=await asyncio.to_thread(identity.claim))
         stack.push_async_callback(lock.release)
         storage = StorageManagerImpl(raw_storage, spool=spool, lock=lock, clock=clock)
         targets = TargetManager.from_settings(settings, clock)
@@ -125,24 +134,17 @@ async def _assembled(
             clock=clock,
         )
 
-        async def prepare() -> None:
-            await raw_storage.open()
-            await check_stamp(raw_storage, redirected=settings.redirected)
-
-        async def begin() -> None:
-            if not await check_stamp(raw_storage, redirected=settings.redirected):
-                await write_stamp(raw_storage, redirected=settings.redirected)
-            await targets.open()
-            storage.collect()
-            reconciler.collect()
-            await collection.resume()
-
-        async def end() -> None:
-            storage.stand_by()
-            await collection.stand_by()
-            reconciler.stand_by()
-
-        role = CollectorRole(lock, clock, prepare=prepare, begin=begin, end=end)
+        role = _role(
+            settings,
+            clock,
+            raw_storage=raw_storage,
+            lock=lock,
+            spool=spool,
+            targets=targets,
+            storage=storage,
+            reconciler=reconciler,
+            collection=collection,
+        )
         registry.register(StorageCollector(lambda: storage.status, lambda: role.collecting))
         health = Health(storage, role)
         auth = AuthenticationModuleImpl.from_settings(settings, clock)
@@ -156,7 +158,6 @@ async def _assembled(
             health=health,
         )
         # Stopped in the reverse order: intake, then settling; clients are gone by then.
-        await end()
         await stack.enter_async_context(_running(storage.run(), "storage", health))
         await stack.enter_async_context(_running(reconciler.run(), "settling", health))
         await stack.enter_async_context(_running(collection.run(), "collection", health))
@@ -164,6 +165,43 @@ async def _assembled(
         await stack.enter_async_context(_running(role.run(), "the collector's role", health))
         health.phase = "running"
         yield health
+
+
+def _role(
+    settings: Settings,
+    clock: IClock,
+    *,
+    raw_storage: IRawDataStorage,
+    lock: ICollectorLock,
+    spool: Spool,
+    targets: TargetManager,
+    storage: StorageManagerImpl,
+    reconciler: Reconciler,
+    collection: DataCollectionManagerImpl,
+) -> CollectorRole:
+    """What begins and ends with the root's lock; until it is held, everything stands by."""
+
+    async def prepare() -> None:
+        await end()
+        await raw_storage.open()
+        await check_stamp(raw_storage, redirected=settings.redirected)
+
+    async def begin() -> None:
+        if not await check_stamp(raw_storage, redirected=settings.redirected):
+            await write_stamp(raw_storage, redirected=settings.redirected)
+        await targets.open()
+        # Who collected before may have left entries there.
+        await spool.open()
+        storage.collect()
+        reconciler.collect()
+        await collection.resume()
+
+    async def end() -> None:
+        storage.stand_by()
+        await collection.stand_by()
+        reconciler.stand_by()
+
+    return CollectorRole(lock, clock, prepare=prepare, begin=begin, end=end)
 
 
 async def _start(role: CollectorRole, *, patient: bool) -> None:

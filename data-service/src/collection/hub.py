@@ -191,6 +191,8 @@ class Hub:
         self._storage = storage
         self._queue_bound = queue_bound
         self._topics: dict[Series, _Topic] = {}
+        # What is not as it should be, for those who come while it lasts.
+        self._troubles: dict[tuple[str, str | None], StatusTold] = {}
 
     def open(self, view: ISeriesView, next_open: int) -> None:
         """Begin to tell a series; ``next_open`` is the first period to be told."""
@@ -226,6 +228,9 @@ class Hub:
             raise _not_told(series)
         subscription = Subscription(topic, self._queue_bound)
         topic.subscriptions.add(subscription)
+        for trouble in self._troubles.values():
+            if trouble.exchange in (None, series.exchange):
+                subscription.offer(trouble)
         if topic.forming is not None and topic.forming.timestamp >= topic.next_open:
             subscription.offer_forming(FormingCandle(topic.forming))
         return subscription
@@ -274,7 +279,12 @@ class Hub:
         return topic.patience_ends(topic.next_open) if topic is not None else None
 
     def publish_status(self, status: StatusTold) -> None:
-        """Tell the subscribers of an exchange, or all, what changed behind them."""
+        """Tell the subscribers of an exchange, or all, what changed behind them; who subscribes
+        while something is not connected is told that first."""
+        key = (status.component, status.exchange)
+        self._troubles.pop(key, None)
+        if status.state != "connected":
+            self._troubles[key] = status
         for topic in self._topics.values():
             if status.exchange in (None, topic.series.exchange):
                 self._tell(topic, status)

@@ -38,7 +38,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     revision: int = 1
 
     def __post_init__(self) -> None:
-        if not self.series.interval.is_aligned(self.candle.timestamp):
+        interval = self.series.interval
+        if not interval.is_aligned(self.candle.timestamp):
             raise InvalidEntry(
                 f"timestamp {self.candle.timestamp} opens no {self.series.interval} period; "
                 f"use {self.series.interval.floor(self.candle.timestamp)}"

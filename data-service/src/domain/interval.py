@@ -27,11 +27,13 @@ KNOWN_INTERVALS: Final = (
 class Interval:
     """The length of a candle's period, such as ``5m``.
 
-    ``milliseconds`` is its length, ``name`` the ccxt timeframe that users write.
+    ``milliseconds`` is its length, ``name`` the ccxt timeframe that users write; ``anchor`` is a
+    moment (ms) at which a period opens.
     """
 
     milliseconds: int
     name: str
+    anchor: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Interval:
@@ -44,23 +46,23 @@ class Interval:
             raise InvalidRequest(
                 f"interval {text!r} does not exist; use one of {', '.join(KNOWN_INTERVALS)}"
             )
-        return cls(milliseconds=int(text[:-1]) * _UNIT_MS[text[-1]], name=text)
-
-    @property
-    def _anchor(self) -> int:
-        return _FIRST_MONDAY_MS if self.name.endswith("w") else 0
+        return cls(
+            milliseconds=int(text[:-1]) * _UNIT_MS[text[-1]],
+            name=text,
+            anchor=_FIRST_MONDAY_MS if text.endswith("w") else 0,
+        )
 
     def floor(self, timestamp: int) -> int:
         """The open of the period that contains ``timestamp`` (both in ms)."""
-        return timestamp - (timestamp - self._anchor) % self.milliseconds
+        return timestamp - (timestamp - self.anchor) % self.milliseconds
 
     def ceil(self, timestamp: int) -> int:
         """The first period open at or after ``timestamp`` (both in ms)."""
-        return -((self._anchor - timestamp) // self.milliseconds) * self.milliseconds + self._anchor
+        return -((self.anchor - timestamp) // self.milliseconds) * self.milliseconds + self.anchor
 
     def is_aligned(self, timestamp: int) -> bool:
         """Whether a period opens exactly at ``timestamp``."""
-        return self.floor(timestamp) == timestamp
+        return (timestamp - self.anchor) % self.milliseconds == 0
 
     def __str__(self) -> str:
         return self.name

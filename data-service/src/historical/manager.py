@@ -32,6 +32,7 @@ from historical.summary import (
 )
 from models import HISTORY_COLUMNS
 from reconciliation.interfaces import IReconciler
+from storage.interfaces import StorageUnavailable
 
 SUMMARY_CANDLES: Final = 50
 SUMMARY_PAGE: Final = 5_000
@@ -170,8 +171,14 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
             error = page.error
         else:
             error = None
-        entry = await self._current.get_latest_entry(series)
         forming = self._forming(series)
+        try:
+            entry = await self._current.get_latest_entry(series)
+        except StorageUnavailable:
+            # What is heard live needs no storage.
+            if forming is None:
+                raise
+            entry = None
         now = self._clock.now_ms()
         if forming is not None and (entry is None or forming[0].timestamp > entry.timestamp):
             candle, heard_at = forming

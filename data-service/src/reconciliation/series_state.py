@@ -36,6 +36,7 @@ KEEP_LOOKING_MS: Final = 24 * 3_600_000
 ASK_OLDER_AGAIN_MS: Final = 3_600_000
 # An entry counts as settled live when it is settled this soon after its period's end.
 LIVE_WITHIN_MS: Final = 60_000
+_FOREVER: Final = 2**62
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +57,7 @@ class SeriesState(ISeriesView):
         self._ledger = Ledger()
         self._ledger_loaded = False
         self._ledger_changed = False
+        self._ledger_failing = False
         self._looks: dict[int, int] = {}
         self._postponed: dict[int, int] = {}
         self._oldest_offered = 0
@@ -90,7 +92,10 @@ class SeriesState(ISeriesView):
                     interval=self._series.interval.name,
                 ):
                     self._stored.add(run)
-                self._listed.add(part)
+                # What closes from now on is written by this process alone: it is known without
+                # asking, also while storage is away.
+                reaches_now = part.end >= self._series.interval.floor(self._clock.now_ms())
+                self._listed.add(TimeRange(part.start, _FOREVER) if reaches_now else part)
 
     async def refresh(self, wanted: TimeRange) -> None:
         # No page is being settled meanwhile, so nothing that is written now is overlooked.
@@ -226,9 +231,11 @@ class SeriesState(ISeriesView):
         try:
             await self._storage.write_record(self._ledger_path, self._ledger.to_bytes())
         except StorageError as exc:
-            log.warning("ledger_not_kept", series=str(self._series), error=exc.message)
+            if not self._ledger_failing:
+                log.warning("ledger_not_kept", series=str(self._series), error=exc.message)
+            self._ledger_failing = True
         else:
-            self._ledger_changed = False
+            self._ledger_changed = self._ledger_failing = False
 
     # -- inside -----------------------------------------------------------------------------
 

@@ -266,8 +266,12 @@ class IRawDataStorage(ABC):
         """What will become a failure if nobody acts, such as a disk that is nearly full."""
 
     @abstractmethod
-    def collector_lock(self) -> ICollectorLock:
-        """The lock of this root; one object for each caller, nothing is taken yet."""
+    def collector_lock(self, *, identity: str | None = None) -> ICollectorLock:
+        """The lock of this root; one object for each caller, nothing is taken yet.
+
+        ``identity`` is a UUID. Where a lock outlives the process that took it, one with the same
+        identity takes it back at once; none at a time but one may go by it.
+        """
 
     @abstractmethod
     async def close(self) -> None:

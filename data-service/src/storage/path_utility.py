@@ -6,8 +6,10 @@ Pure functions. Every path is relative to the storage root, ``/`` between names,
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -121,18 +123,25 @@ class StoragePathUtility:
         None stands for everything that is no document of the series: other intervals, other
         days, temporary files, foreign files.
         """
-        digits = file_name[:_DIGITS]
-        if (
-            file_name[_DIGITS:] != ending
-            or not (digits.isascii() and digits.isdigit())
-            or len(digits) != _DIGITS
-            or digits[:8] != f"{day:%Y%m%d}"
-        ):
-            return None
-        hour, minute, second = int(digits[8:10]), int(digits[10:12]), int(digits[12:])
-        if hour > 23 or minute > 59 or second > 59:
-            return None
-        return day_start(day) + (hour * 3600 + minute * 60 + second) * 1000
+        found = StoragePathUtility.times_of([file_name], day, ending)
+        return found[0][0] if found else None
+
+    @staticmethod
+    def times_of(file_names: Iterable[str], day: date, ending: str) -> list[tuple[int, str]]:
+        """The times (ms) that names in the folder of ``day`` say, each with its name, ascending.
+
+        What is no document of the series is left out, as ``timestamp_of`` says.
+        """
+        start = day_start(day)
+        digits = f"{day:%Y%m%d}"
+        found = []
+        for name in file_names:
+            if name[:8] == digits and name[_DIGITS:] == ending:
+                of_day = _time_of_day(name[8:_DIGITS])
+                if of_day is not None:
+                    found.append((start + of_day, name))
+        found.sort()
+        return found
 
     @staticmethod
     def get_ledger_path(
@@ -232,6 +241,18 @@ def day_of(timestamp: int) -> date:
 def day_start(day: date) -> int:
     """The first ms of a UTC day."""
     return (day.toordinal() - _EPOCH.toordinal()) * _DAY_MS
+
+
+# As many as there are seconds in a day; a year of 5m entries asks for the same 288 again and again.
+@lru_cache(maxsize=86_400)
+def _time_of_day(digits: str) -> int | None:
+    """What six digits of a name say in ms since midnight, or None when they are no time."""
+    if len(digits) != 6 or not (digits.isascii() and digits.isdigit()):
+        return None
+    hour, minute, second = int(digits[:2]), int(digits[2:4]), int(digits[4:])
+    if hour > 23 or minute > 59 or second > 59:
+        return None
+    return (hour * 3600 + minute * 60 + second) * 1000
 
 
 def _whole_second(timestamp: Timestamp) -> datetime:

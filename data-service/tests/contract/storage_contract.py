@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from errors import InvalidEntry, InvalidRequest
-from storage.interfaces import IRawDataStorage, StaleVersion
+from storage.interfaces import Held, IRawDataStorage, StaleVersion, StorageError
 from storage.path_utility import StoragePathUtility
 from tests.support.entries import FIVE_MINUTES, NOON
 
 DAY = 86_400_000
+
+
+LATER = NOON + FIVE_MINUTES
+DAY_FOLDER = "raw_data/crypto.com/BTC/2026/11/22"
+NOON_PATH = f"{DAY_FOLDER}/20261122120000.json"
+LATER_PATH = f"{DAY_FOLDER}/20261122120500.json"
+EVER = (0, 2**60)
+
+COINS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(
+    lambda name: name not in (".", "..")
+)
 
 
 def at(text: str) -> int:
@@ -25,7 +39,12 @@ def at(text: str) -> int:
 
 
 class RawDataStorageContract:
-    """Subclass it with a fixture ``storage`` and the two methods that go round the backend."""
+    """Subclass it with a fixture ``storage`` and the two methods that go round the backend.
+
+    ``many`` is how many coins the listing of a large exchange is tried with.
+    """
+
+    many: ClassVar[int] = 3000
 
     @abstractmethod
     async def raw_read(self, storage: Any, path: str) -> bytes | None:
@@ -34,6 +53,14 @@ class RawDataStorageContract:
     @abstractmethod
     async def raw_write(self, storage: Any, path: str, content: bytes) -> None:
         """Put bytes at a path of the root, not by the backend."""
+
+    async def raw_write_all(self, storage: Any, files: Mapping[str, bytes]) -> None:
+        """Put many files into the root, not by the backend."""
+        for path, content in files.items():
+            await self.raw_write(storage, path, content)
+
+    async def held(self, storage: IRawDataStorage, timestamp: int = NOON) -> Held:
+        return (await storage.get_entries("crypto.com", "BTC", [timestamp]))[timestamp]
 
     async def save(
         self, storage: IRawDataStorage, *times: int, interval: str = "5m", coin: str = "BTC"
@@ -80,6 +107,19 @@ class RawDataStorageContract:
         await storage.save_entry("crypto.com", "BTC", NOON, {"close": 2})
         assert await storage.get_entry("crypto.com", "BTC", NOON) == {"close": 2}
 
+    async def test_a_corrected_entry_takes_the_place_of_the_first(
+        self, storage: IRawDataStorage
+    ) -> None:
+        await storage.save_entry("crypto.com", "BTC", NOON, {"close": 1, "note": "x" * 5000})
+        await self.save(storage, LATER)
+        corrected = {"close": 2, "revision": 2}
+        await storage.save_entry("crypto.com", "BTC", NOON, corrected)
+        assert await storage.get_range("crypto.com", "BTC", NOON, LATER) == [corrected]
+        assert await storage.list_timestamps("crypto.com", "BTC", *EVER) == [NOON, LATER]
+        content = await self.raw_read(storage, NOON_PATH)
+        assert content is not None
+        assert orjson.loads(content) == corrected
+
     async def test_concurrent_saves_of_one_entry_leave_one_whole_document(
         self, storage: IRawDataStorage
     ) -> None:
@@ -90,11 +130,32 @@ class RawDataStorageContract:
         assert await storage.get_entry("crypto.com", "BTC", NOON) in documents
         assert await storage.list_timestamps("crypto.com", "BTC", 0, 2**60) == [NOON]
 
+    async def test_batches_that_overlap_leave_whole_documents_of_either(
+        self, storage: IRawDataStorage
+    ) -> None:
+        times = [NOON + step * FIVE_MINUTES for step in range(30)]
+        batches = [
+            [(time, {"timestamp": time, "writer": writer}) for time in times[first : first + 20]]
+            for writer, first in enumerate((0, 10, 5))
+        ]
+        await asyncio.gather(
+            *(storage.save_entries("crypto.com", "BTC", batch) for batch in batches)
+        )
+        found = await storage.get_range("crypto.com", "BTC", *EVER)
+        assert [document["timestamp"] for document in found] == times
+        written = [document for batch in batches for _, document in batch]
+        assert all(document in written for document in found)
+
     async def test_a_document_that_json_cannot_express_is_refused_and_nothing_is_stored(
         self, storage: IRawDataStorage
     ) -> None:
         with pytest.raises(InvalidEntry, match="JSON"):
             await storage.save_entry("crypto.com", "BTC", NOON, {"close": object()})
+        mixed: list[tuple[int, dict[str, Any]]] = [
+            (NOON, {"close": 1}), (LATER, {"close": object()}),
+        ]  # fmt: skip
+        with pytest.raises(InvalidEntry, match="JSON"):
+            await storage.save_entries("crypto.com", "BTC", mixed)
         assert not await storage.check_coin_exists("crypto.com", "BTC")
 
     async def test_saving_no_entries_does_nothing(self, storage: IRawDataStorage) -> None:
@@ -148,16 +209,50 @@ class RawDataStorageContract:
         listed = await storage.list_timestamps("crypto.com", "BTC", stored[1], stored[3])
         assert listed == stored[1:3]
 
-    async def test_limit_and_offset_page_through_a_range(self, storage: IRawDataStorage) -> None:
-        stored = [NOON + step * FIVE_MINUTES for step in range(5)]
+    async def test_a_range_of_years_gives_what_lies_in_it_in_order(
+        self, storage: IRawDataStorage
+    ) -> None:
+        stored = [
+            at(day)
+            for day in (
+                "2025-11-30T23:55", "2025-12-01T00:00", "2025-12-31T23:55", "2026-01-01T00:00",
+                "2026-02-28T12:00", "2026-03-01T12:00", "2026-10-31T23:55", "2026-11-01T00:00",
+                "2027-12-31T23:55", "2028-01-01T00:00", "2028-02-29T23:55", "2028-03-01T00:00",
+            )
+        ]  # fmt: skip
         await self.save(storage, *stored)
-        everything = (NOON, NOON + DAY)
-        assert await self.times(storage, *everything, limit=2) == stored[:2]
-        assert await self.times(storage, *everything, limit=2, offset=2) == stored[2:4]
-        assert await self.times(storage, *everything, limit=2, offset=4) == stored[4:]
-        assert await self.times(storage, *everything, limit=2, offset=5) == []
-        assert await self.times(storage, *everything, limit=0) == []
-        assert await self.times(storage, *everything, offset=3) == stored[3:]
+        assert await self.times(storage, *EVER) == stored
+        assert await self.times(storage, stored[1], stored[-2]) == stored[1:-2]
+        assert await self.times(storage, stored[1] + 1, stored[-2] + 1) == stored[2:-1]
+        listed = await storage.list_timestamps("crypto.com", "BTC", stored[3], stored[9])
+        assert listed == stored[3:9]
+
+    async def test_intervals_lie_side_by_side(self, storage: IRawDataStorage) -> None:
+        midnight = at("2026-11-23T00:00")
+        intervals = ("1m", "5m", "1h", "1d")
+        for interval in intervals:
+            await self.save(storage, midnight, interval=interval)
+        await self.save(storage, midnight + 60_000, interval="1m")
+        for interval in intervals:
+            page = await storage.get_range(
+                "crypto.com", "BTC", midnight, midnight + DAY, interval=interval
+            )
+            assert {document["interval"] for document in page} == {interval}
+            assert len(page) == (2 if interval == "1m" else 1)
+            listed = await storage.list_timestamps("crypto.com", "BTC", *EVER, interval=interval)
+            assert listed == [document["timestamp"] for document in page]
+            latest = await storage.get_latest_entry("crypto.com", "BTC", interval=interval)
+            assert latest == page[-1]
+
+    async def test_limit_and_offset_cut_a_range_like_a_slice(
+        self, storage: IRawDataStorage
+    ) -> None:
+        stored = [NOON, LATER, NOON + DAY]
+        await self.save(storage, *stored)
+        for limit in (None, 0, 1, 2, 3, 4):
+            for offset in range(5):
+                page = await self.times(storage, NOON, NOON + 2 * DAY, limit=limit, offset=offset)
+                assert page == stored[offset : None if limit is None else offset + limit]
 
     @pytest.mark.parametrize("page", [{"limit": -1}, {"offset": -1}])
     async def test_a_negative_limit_or_offset_is_refused(
@@ -190,6 +285,14 @@ class RawDataStorageContract:
             "1INCH", "A-B", "BTC", "BTC/EUR", "SOL", "ÄÖ",
         ]  # fmt: skip
 
+    async def test_thousands_of_coins_are_listed(self, storage: IRawDataStorage) -> None:
+        coins = [f"COIN{number:05d}" for number in range(self.many)]
+        paths = [StoragePathUtility.get_raw_data_path("crypto.com", coin, NOON) for coin in coins]
+        await self.raw_write_all(storage, dict.fromkeys(reversed(paths), b"{}"))
+        assert await storage.list_coins("crypto.com") == coins
+        assert await storage.check_coin_exists("crypto.com", coins[-1])
+        assert not await storage.check_coin_exists("crypto.com", "COIN")
+
     async def test_an_exchange_without_coins_lists_none(self, storage: IRawDataStorage) -> None:
         assert await storage.list_coins("crypto.com") == []
 
@@ -207,6 +310,9 @@ class RawDataStorageContract:
         await storage.save_entry("crypto.com", "BTC", NOON, {"from": "crypto.com"})
         assert await storage.get_entry("binance", "BTC", NOON) == {"from": "binance"}
         assert await storage.get_entry("crypto.com", "BTC", NOON) == {"from": "crypto.com"}
+        content = await self.raw_read(storage, NOON_PATH.replace("crypto.com", "binance"))
+        assert content is not None
+        assert orjson.loads(content) == {"from": "binance"}
 
     async def test_files_that_are_no_documents_are_skipped(self, storage: IRawDataStorage) -> None:
         await self.save(storage, NOON)
@@ -227,6 +333,48 @@ class RawDataStorageContract:
         latest = await storage.get_latest_entry("crypto.com", "BTC")
         assert latest is not None
         assert latest["timestamp"] == NOON
+
+    async def test_files_at_every_level_of_the_tree_do_no_harm(
+        self, storage: IRawDataStorage
+    ) -> None:
+        await self.save(storage, NOON)
+        folders = DAY_FOLDER.split("/")
+        levels = ["/".join([*folders[:depth], "notes.txt"]) for depth in range(len(folders) + 1)]
+        misplaced = [
+            "20261122120500.json",
+            "raw_data/20261122120500.json",
+            "raw_data/crypto.com/20261122120500.json",
+            "raw_data/crypto.com/BTC/20261122120500.json",
+            "raw_data/crypto.com/BTC/2026/20261122120500.json",
+            "raw_data/crypto.com/BTC/2026/11/20261122120500.json",
+            "raw_data/crypto.com/BTC/2026/11/31/20261131120500.json",
+            "raw_data/crypto.com/BTC/2026/13/01/20261301120500.json",
+            "raw_data/crypto.com/BTC/backup/11/22/20261122120500.json",
+            f"{DAY_FOLDER}/old/20261122120500.json",
+        ]
+        await self.raw_write_all(storage, dict.fromkeys([*levels, *misplaced], b"\xff no json"))
+        with capture_logs() as logs:
+            assert await self.times(storage, *EVER) == [NOON]
+            assert await self.times(storage, NOON, NOON + DAY) == [NOON]
+            assert await storage.list_timestamps("crypto.com", "BTC", *EVER) == [NOON]
+            assert await storage.get_latest_entry("crypto.com", "BTC") is not None
+            assert await storage.list_coins("crypto.com") == ["BTC"]
+            assert await storage.list_coins("binance") == []
+            assert not await storage.check_coin_exists("crypto.com", "notes.txt")
+        assert logs == []
+
+    async def test_a_document_that_cannot_be_read_is_reported_once_with_its_path(
+        self, storage: IRawDataStorage
+    ) -> None:
+        await self.save(storage, NOON)
+        await self.raw_write(storage, LATER_PATH, b"no json")
+        with capture_logs() as logs:
+            for _ in range(2):
+                assert await self.times(storage, *EVER) == [NOON]
+                assert await storage.get_latest_entry("crypto.com", "BTC") is not None
+                assert await storage.get_entry("crypto.com", "BTC", LATER) is None
+        assert [log["log_level"] for log in logs] == ["warning"]
+        assert LATER_PATH in logs[0]["path"]
 
     @pytest.mark.parametrize("content", [b"", b'{"timestamp": 17', b"[]", b"null", b"\xff"])
     async def test_a_document_that_is_no_json_object_is_left_out_until_it_is_saved_anew(
@@ -266,7 +414,33 @@ class RawDataStorageContract:
         with pytest.raises(InvalidRequest, match="aware"):
             await storage.get_range("crypto.com", "BTC", naive, NOON)
 
-    @pytest.mark.parametrize("coin", ["", ".", "..", "x" * 201])
+    @settings(
+        max_examples=15,
+        deadline=None,
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.differing_executors,
+            HealthCheck.too_slow,
+        ],
+    )
+    @given(coin=COINS)
+    @example(coin="BTC/EUR")
+    @example(coin="A-B/../C")
+    @example(coin="...")
+    @example(coin="100%25")
+    @example(coin=" \\\0\n")
+    @example(coin="\u0130\U0001f680")
+    @example(coin="x" * 200)
+    async def test_a_coin_of_any_name_is_read_back_and_listed(
+        self, storage: IRawDataStorage, coin: str
+    ) -> None:
+        document = {"timestamp": NOON, "coin": coin}
+        await storage.save_entry("crypto.com", coin, NOON, document)
+        assert await storage.get_range("crypto.com", coin, NOON, NOON + 1) == [document]
+        assert await storage.check_coin_exists("crypto.com", coin)
+        assert coin in await storage.list_coins("crypto.com")
+
+    @pytest.mark.parametrize("coin", ["", ".", "..", "x" * 201, "ä" * 34, "\ud800"])
     async def test_a_coin_that_can_stand_in_no_path_is_refused(
         self, storage: IRawDataStorage, coin: str
     ) -> None:
@@ -274,6 +448,8 @@ class RawDataStorageContract:
             await storage.save_entry("crypto.com", coin, NOON, {})
         with pytest.raises(InvalidRequest):
             await storage.get_latest_entry("crypto.com", coin)
+        with pytest.raises(InvalidRequest):
+            await storage.check_coin_exists(coin, "BTC")
 
     async def test_an_interval_that_does_not_exist_is_refused(
         self, storage: IRawDataStorage
@@ -314,9 +490,62 @@ class RawDataStorageContract:
     ) -> None:
         await storage.open()
         await storage.open()
-        assert storage.address
-        assert storage.address == storage.address.strip()
-        assert isinstance(await storage.warnings(), list)
+        assert storage.address.strip()
+        assert await storage.list_coins("crypto.com") == []
+
+    async def test_warnings_are_sentences(self, storage: IRawDataStorage) -> None:
+        await storage.open()
+        warnings = await storage.warnings()
+        assert isinstance(warnings, list)
+        assert all(isinstance(warning, str) and warning for warning in warnings)
+
+    async def test_documents_are_decoded_as_the_caller_says(self, storage: IRawDataStorage) -> None:
+        await self.raw_write_all(storage, {NOON_PATH: b"first", LATER_PATH: b"second"})
+
+        def decode(timestamp: int, content: bytes) -> tuple[int, bytes]:
+            return timestamp, content
+
+        first, second = (NOON, b"first"), (LATER, b"second")
+        everything = await storage.get_range("crypto.com", "BTC", *EVER, decode=decode)
+        page = await storage.get_range("crypto.com", "BTC", *EVER, 1, 1, decode=decode)
+        latest = await storage.get_latest_entry("crypto.com", "BTC", decode=decode)
+        asked = await storage.get_entries("crypto.com", "BTC", [NOON, LATER], decode=decode)
+        assert everything == [first, second]
+        assert page == [second]
+        assert latest == second
+        assert {time: held.content for time, held in asked.items()} == {NOON: first, LATER: second}
+
+    async def test_what_the_caller_cannot_decode_is_left_out_and_reported_once(
+        self, storage: IRawDataStorage
+    ) -> None:
+        stored = [NOON, LATER, LATER + FIVE_MINUTES]
+        await self.save(storage, *stored)
+
+        def decode(timestamp: int, _: bytes) -> int | None:
+            return None if timestamp == stored[2] else timestamp
+
+        series = ("crypto.com", "BTC")
+        with capture_logs() as logs:
+            for _ in range(2):
+                assert await storage.get_range(*series, *EVER, decode=decode) == stored[:2]
+                assert await storage.get_latest_entry(*series, decode=decode) == LATER
+                asked = await storage.get_entries(*series, stored, decode=decode)
+                assert [held.content for held in asked.values()] == [*stored[:2], None]
+                assert await storage.list_timestamps(*series, *EVER) == stored[:2]
+        assert len(logs) == 1
+
+    async def test_what_decoding_refuses_reaches_the_caller(self, storage: IRawDataStorage) -> None:
+        await self.save(storage, NOON)
+
+        def decode(timestamp: int, _: bytes) -> Any:
+            raise StorageError(f"schema 9 of {timestamp}")
+
+        with pytest.raises(StorageError, match=f"^schema 9 of {NOON}$"):
+            await storage.get_range("crypto.com", "BTC", *EVER, decode=decode)
+        with pytest.raises(StorageError, match=f"^schema 9 of {NOON}$"):
+            await storage.get_latest_entry("crypto.com", "BTC", decode=decode)
+        with pytest.raises(StorageError, match=f"^schema 9 of {NOON}$"):
+            await storage.get_entries("crypto.com", "BTC", [NOON], decode=decode)
 
     async def test_every_write_gives_a_document_another_version(
         self, storage: IRawDataStorage
@@ -324,49 +553,159 @@ class RawDataStorageContract:
         seen = []
         for close in (1, 2, 2, 1):
             await storage.save_entry("crypto.com", "BTC", NOON, {"close": close})
-            held = (await storage.get_entries("crypto.com", "BTC", [NOON]))[NOON]
+            held = await self.held(storage)
             assert held.content == {"close": close}
-            again = (await storage.get_entries("crypto.com", "BTC", [NOON]))[NOON]
-            assert again.version == held.version
+            assert (await self.held(storage)).version == held.version
             seen.append(held.version)
-        assert len(set(seen)) == 4
+        assert len(set(seen)) == len(seen)
+
+    async def test_a_document_that_cannot_be_read_has_a_version_too(
+        self, storage: IRawDataStorage
+    ) -> None:
+        await self.raw_write(storage, NOON_PATH, b"no json")
+        broken = await self.held(storage)
+        assert broken.content is None
+        await self.raw_write(storage, NOON_PATH, b"no json either")
+        still_broken = await self.held(storage)
+        assert still_broken.content is None
+        assert still_broken.version != broken.version
+
+        mended = [(NOON, {"close": 1})]
+        with pytest.raises(StaleVersion):
+            await storage.save_entries("crypto.com", "BTC", mended, expected={NOON: broken.version})
+        await storage.save_entries(
+            "crypto.com", "BTC", mended, expected={NOON: still_broken.version}
+        )
+        assert await storage.get_entry("crypto.com", "BTC", NOON) == {"close": 1}
 
     async def test_a_save_that_expects_what_lies_there_is_done(
         self, storage: IRawDataStorage
     ) -> None:
-        new = [(NOON, {"close": 1})]
-        await storage.save_entries("crypto.com", "BTC", new, expected={})
-        held = (await storage.get_entries("crypto.com", "BTC", [NOON]))[NOON]
-        corrected = [(NOON, {"close": 2})]
+        await storage.save_entries("crypto.com", "BTC", [(NOON, {"close": 1})], expected={})
+        held = await self.held(storage)
+        corrected = [(NOON, {"close": 2}), (LATER, {"close": 3})]
         await storage.save_entries("crypto.com", "BTC", corrected, expected={NOON: held.version})
-        assert await storage.get_entry("crypto.com", "BTC", NOON) == {"close": 2}
+        assert await storage.get_range("crypto.com", "BTC", *EVER) == [{"close": 2}, {"close": 3}]
 
-    async def test_a_save_that_expects_something_else_is_refused(
+    async def test_a_save_that_expects_something_else_is_refused_and_names_the_path(
         self, storage: IRawDataStorage
     ) -> None:
         await storage.save_entry("crypto.com", "BTC", NOON, {"close": 1})
-        old = (await storage.get_entries("crypto.com", "BTC", [NOON]))[NOON].version
+        old = (await self.held(storage)).version
         await storage.save_entry("crypto.com", "BTC", NOON, {"close": 2})
-        for time, expected in ((NOON, {}), (NOON, {NOON: old}), (NOON + DAY, {NOON + DAY: old})):
-            with pytest.raises(StaleVersion, match="json"):
+        cases: list[tuple[int, dict[int, str]]] = [
+            (NOON, {}), (NOON, {NOON: old}), (LATER, {LATER: old}),
+        ]  # fmt: skip
+        for time, expected in cases:
+            path = NOON_PATH if time == NOON else LATER_PATH
+            with pytest.raises(StaleVersion, match=path) as refused:
                 await storage.save_entries(
                     "crypto.com", "BTC", [(time, {"close": 3})], expected=expected
                 )
-        assert await storage.get_entry("crypto.com", "BTC", NOON) == {"close": 2}
-        assert await storage.get_entry("crypto.com", "BTC", NOON + DAY) is None
+            assert old not in str(refused.value)
+        assert await storage.get_range("crypto.com", "BTC", *EVER) == [{"close": 2}]
+
+    async def test_a_batch_never_replaces_what_it_did_not_expect(
+        self, storage: IRawDataStorage
+    ) -> None:
+        await self.save(storage, NOON, LATER)
+        read = await storage.get_entries("crypto.com", "BTC", [NOON, LATER])
+        versions = {time: held.version for time, held in read.items()}
+        await storage.save_entry("crypto.com", "BTC", LATER, {"by": "another"})
+        batch = [(time, {"by": "batch"}) for time in (NOON, LATER)]
+        with pytest.raises(StaleVersion, match=LATER_PATH):
+            await storage.save_entries("crypto.com", "BTC", batch, expected=versions)
+        assert await storage.get_entry("crypto.com", "BTC", LATER) == {"by": "another"}
+
+    @pytest.mark.parametrize("there", [False, True], ids=["nothing", "a version"])
+    async def test_of_many_writers_that_expect_the_same_exactly_one_wins(
+        self, storage: IRawDataStorage, there: bool
+    ) -> None:
+        expected = {}
+        if there:
+            await self.save(storage, NOON)
+            expected = {NOON: (await self.held(storage)).version}
+        outcomes = await asyncio.gather(
+            *(
+                storage.save_entries(
+                    "crypto.com", "BTC", [(NOON, {"writer": writer})], expected=expected
+                )
+                for writer in range(12)
+            ),
+            return_exceptions=True,
+        )
+        winners = [writer for writer, outcome in enumerate(outcomes) if outcome is None]
+        lost = [outcome for outcome in outcomes if outcome is not None]
+        assert len(winners) == 1
+        assert all(isinstance(outcome, StaleVersion) for outcome in lost)
+        assert await storage.get_entry("crypto.com", "BTC", NOON) == {"writer": winners[0]}
+
+    async def test_writers_that_read_again_and_try_again_lose_nothing(
+        self, storage: IRawDataStorage
+    ) -> None:
+        async def count_up() -> None:
+            while True:
+                found = await storage.get_entries("crypto.com", "BTC", [NOON])
+                held = found.get(NOON)
+                count = 0 if held is None or held.content is None else held.content["count"]
+                try:
+                    await storage.save_entries(
+                        "crypto.com",
+                        "BTC",
+                        [(NOON, {"count": count + 1})],
+                        expected={} if held is None else {NOON: held.version},
+                    )
+                except StaleVersion:
+                    continue
+                return
+
+        await asyncio.gather(*(count_up() for _ in range(6)))
+        assert await storage.get_entry("crypto.com", "BTC", NOON) == {"count": 6}
 
     async def test_one_of_two_holds_the_collectors_lock(self, storage: IRawDataStorage) -> None:
+        await storage.open()
         first, second = storage.collector_lock(), storage.collector_lock()
-        assert not first.is_held
-        assert await first.acquire()
+        assert (first.is_held, second.is_held) == (False, False)
         assert await first.acquire()
         assert not await second.acquire()
         assert (first.is_held, second.is_held) == (True, False)
         assert second.holder
+        assert second.holder == first.holder
+        await first.release()
+        await second.release()
+
+    async def test_renewing_keeps_the_collectors_lock(self, storage: IRawDataStorage) -> None:
+        await storage.open()
+        first, second = storage.collector_lock(), storage.collector_lock()
         assert first.renew_every_s > 0
+        for _ in range(3):
+            assert await first.acquire()
+            assert first.is_held
+            assert not await second.acquire()
+        await first.release()
+
+    async def test_releasing_the_collectors_lock_lets_the_other_in_at_once(
+        self, storage: IRawDataStorage
+    ) -> None:
+        await storage.open()
+        first, second = storage.collector_lock(), storage.collector_lock()
+        await first.release()
+        assert await first.acquire()
         await first.release()
         await first.release()
         assert not first.is_held
         assert await second.acquire()
+        await first.release()
+        assert second.is_held
         assert not await first.acquire()
         await second.release()
+
+    async def test_of_many_that_try_at_once_one_gets_the_collectors_lock(
+        self, storage: IRawDataStorage
+    ) -> None:
+        await storage.open()
+        locks = [storage.collector_lock() for _ in range(8)]
+        got = await asyncio.gather(*(lock.acquire() for lock in locks))
+        assert sorted(got) == [False] * 7 + [True]
+        assert [lock.is_held for lock in locks] == got
+        await asyncio.gather(*(lock.release() for lock in locks))

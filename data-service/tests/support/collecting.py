@@ -46,6 +46,15 @@ class Collecting:
         self.preferences = preferences or {}
         self.assemble()
 
+    def beside(self) -> Collecting:
+        """A second process on the same storage and targets, and the same exchanges; it stands by
+        until it is told otherwise."""
+        other = Collecting(now=self.clock.now_ms())
+        other.clock, other.raw, other.targets = self.clock, self.raw, self.targets
+        other.exchanges, other.exchange = self.exchanges, self.exchange
+        other.assemble()
+        return other
+
     def assemble(self) -> None:
         """What a process has in memory, anew; storage and targets stay."""
         registry = PluginRegistry()

@@ -185,7 +185,9 @@ class InMemoryStorage(IRawDataStorage):
         prefix = StoragePathUtility.exchange_path(exchange_name) + "/"
         self.check()
         names = {
-            path[len(prefix) :].split("/")[0] for path in self.blobs if path.startswith(prefix)
+            path[len(prefix) :].split("/")[0]
+            for path in self.blobs
+            if path.startswith(prefix) and "/" in path[len(prefix) :]
         }
         return sorted(
             coin for name in names if (coin := StoragePathUtility.decode_name(name)) is not None
@@ -229,7 +231,7 @@ class InMemoryStorage(IRawDataStorage):
         self.check()
         return list(self.warns)
 
-    def collector_lock(self) -> InMemoryCollectorLock:
+    def collector_lock(self, *, identity: str | None = None) -> InMemoryCollectorLock:
         return InMemoryCollectorLock(self, f"lock {next(self._locks)} of {self.address}")
 
     async def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from datetime import date
@@ -304,10 +305,14 @@ class AzureBlobStorage(IRawDataStorage):
     async def warnings(self) -> list[str]:
         return []
 
-    def collector_lock(self) -> ICollectorLock:
+    def collector_lock(self, *, identity: str | None = None) -> ICollectorLock:
         path = f"{SERVICE_FOLDER}/collector"
         return BlobLeaseCollectorLock(
-            path, self._calls, lambda: self._blob(path), monotonic=self._monotonic
+            path,
+            self._calls,
+            lambda: self._blob(path),
+            lease_id=identity or str(uuid.uuid4()),
+            monotonic=self._monotonic,
         )
 
     async def close(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -24,7 +23,7 @@ _HOLDER: Final = "holder"
 
 
 class BlobLeaseCollectorLock(ICollectorLock):
-    """Held by a lease of 60 s, under an id of its own.
+    """Held by a lease of 60 s under ``lease_id``, a UUID.
 
     Taking a lease anew under the same id renews it, and takes it back where it lapsed and nobody
     else did, so that ``acquire`` is always that one request. Metadata of the blob say who holds
@@ -40,13 +39,14 @@ class BlobLeaseCollectorLock(ICollectorLock):
         calls: AzureCalls,
         blob: Callable[[], BlobClient],
         *,
+        lease_id: str,
         monotonic: Callable[[], float],
     ) -> None:
         self._path = path
         self._calls = calls
         self._blob = blob
         self._monotonic = monotonic
-        self._id = str(uuid.uuid4())
+        self._id = lease_id
         self._held_until: float | None = None
         # A request whose answer was lost may have taken it.
         self._may_be_ours = False

@@ -1,52 +1,61 @@
-"""The collector's lock of a local root: a file that one process at a time holds."""
+"""The collector's lock of a local root: a file that one process at a time keeps locked."""
 
 from __future__ import annotations
 
-import fcntl
+import asyncio
 import os
 import socket
+import threading
 from collections.abc import Awaitable, Callable
-from pathlib import Path
+from contextlib import suppress
 from typing import Final
 
-from storage.interfaces import ICollectorLock, StorageError
+from storage.implementations.disk import Disk
+from storage.interfaces import ICollectorLock
+from storage.path_utility import SERVICE_FOLDER
 
+COLLECTOR_LOCK: Final = f"{SERVICE_FOLDER}/collector.lock"
+_NAME: Final = "collector.lock"
 _RENEW_EVERY_S: Final = 2.0
-_MOST_TRIES: Final = 10
-_HOLDER_BYTES: Final = 200
+_MOST_BYTES: Final = 200
+
+Take = Callable[[Callable[[], None]], bool]
+"""Takes the lock unless the function it is given raises, because nobody waits for it any more."""
 
 
 class FileCollectorLock(ICollectorLock):
     """Held by a lock on an open file, which the system takes away when the process dies.
 
-    The file says who holds it, for people. Where it is deleted or replaced under its holder, the
-    holder has lost it, since another can now take the new one.
+    It does not lapse: renewing finds out whether the file was deleted or replaced, so that
+    another can lock the new one. What the file says is for people, and names the last holder
+    also after that one is gone.
 
     ``run`` does blocking work in a thread.
     """
 
-    def __init__(
-        self, path: Path, run: Callable[[Callable[[Callable[[], None]], bool]], Awaitable[bool]]
-    ) -> None:
-        self._path = path
+    def __init__(self, disk: Disk, run: Callable[[Take], Awaitable[bool]]) -> None:
+        self._disk = disk
         self._run = run
+        self._turn = asyncio.Lock()
+        # The event loop asks whether it is held while a thread renews it.
+        self._guard = threading.Lock()
         self._descriptor: int | None = None
         self._holder: str | None = None
 
     async def acquire(self) -> bool:
-        return await self._run(self._take)
+        async with self._turn:
+            return await self._run(self._take)
 
     async def release(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            self._holder = None
-            # Closing unlocks; what the file says then names somebody who no longer holds it.
-            os.close(descriptor)
+        async with self._turn:
+            self._drop()
 
     @property
     def is_held(self) -> bool:
-        # Of an open file, this is told without looking at a disk.
-        return self._descriptor is not None and os.fstat(self._descriptor).st_nlink > 0
+        with self._guard, suppress(OSError):
+            # The system knows this of an open file without asking the disk.
+            return self._descriptor is not None and os.fstat(self._descriptor).st_nlink > 0
+        return False
 
     @property
     def holder(self) -> str | None:
@@ -58,37 +67,28 @@ class FileCollectorLock(ICollectorLock):
 
     def _take(self, check: Callable[[], None]) -> bool:
         if self._descriptor is not None:
-            if self._is_at_path(self._descriptor):
+            if self._disk.lies_at(self._descriptor, f"{self._disk.root}/{COLLECTOR_LOCK}"):
                 return True
-            os.close(self._descriptor)
-            self._descriptor = None
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(_MOST_TRIES):
-            descriptor = os.open(
-                self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
-            )
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_at_path(descriptor):
-                    self._holder = f"pid {os.getpid()} on {socket.gethostname()}"
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, self._holder.encode(), 0)
-                    check()
-                    self._descriptor, descriptor = descriptor, -1
-                    return True
-            except BlockingIOError:
-                said = os.pread(descriptor, _HOLDER_BYTES, 0).decode(errors="replace").strip()
+            self._drop()
+        descriptor, locked = self._disk.try_lock(SERVICE_FOLDER, _NAME)
+        try:
+            if not locked:
+                said = os.pread(descriptor, _MOST_BYTES, 0).decode(errors="replace").strip()
                 self._holder = said or None
                 return False
-            finally:
-                if descriptor >= 0:
-                    os.close(descriptor)
-        raise StorageError(f"{self._path}: is replaced again and again; leave it to the services")
+            me = f"pid {os.getpid()} on {socket.gethostname()}"
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, me.encode(), 0)
+            check()
+            with self._guard:
+                self._holder, self._descriptor, descriptor = me, descriptor, -1
+            return True
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
 
-    def _is_at_path(self, descriptor: int) -> bool:
-        """Whether the open file is the one that others would open."""
-        try:
-            there = self._path.lstat()
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(there, os.fstat(descriptor))
+    def _drop(self) -> None:
+        with self._guard, suppress(OSError):
+            descriptor, self._descriptor, self._holder = self._descriptor, None, None
+            if descriptor is not None:
+                os.close(descriptor)

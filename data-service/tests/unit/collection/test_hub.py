@@ -235,6 +235,21 @@ async def test_a_status_reaches_the_subscribers_of_its_exchange() -> None:
     ] == ["feed", "storage"]
 
 
+async def test_who_subscribes_during_trouble_is_told_of_it_and_of_its_end() -> None:
+    world = World()
+    world.hub.publish_status(StatusTold("storage", "degraded", T0))
+    world.hub.publish_status(StatusTold("feed", "reconnecting", T0, "crypto.com"))
+    world.hub.publish_status(StatusTold("feed", "reconnecting", T0, "binance"))
+    world.hub.publish_status(StatusTold("feed", "connected", T0, "crypto.com"))
+    subscription = world.hub.subscribe(BTC_5M)
+    world.hub.publish_status(StatusTold("storage", "connected", T0 + FIVE))
+    assert subscription.waiting() == [
+        StatusTold("storage", "degraded", T0),
+        StatusTold("storage", "connected", T0 + FIVE),
+    ]
+    assert world.hub.subscribe(BTC_5M).waiting() == []
+
+
 async def test_a_subscription_that_left_is_told_nothing() -> None:
     world = World()
     subscription = world.hub.subscribe(BTC_5M)

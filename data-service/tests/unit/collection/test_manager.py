@@ -22,7 +22,7 @@ from domain.gap import GapReason
 from domain.time_range import TimeRange
 from errors import CoinNotAvailable, InvalidRequest, UnknownExchange
 from exchange_source.interfaces import ExchangeUnavailable, Priority
-from storage.interfaces import StorageUnavailable
+from storage.interfaces import NotTheCollector, StorageUnavailable
 from target_management.interfaces import TargetStoreUnavailable
 from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
@@ -608,3 +608,59 @@ async def test_a_replay_from_before_everything_tells_what_is_not_offered_as_one_
             ]
         assert isinstance(told[2], ClosedCandle)
         assert told[2].entry.timestamp == T0
+
+
+async def test_one_that_stands_by_serves_what_another_stores_and_changes_nothing() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(MINUTE)
+        other = world.beside()
+        other.storage.stand_by()
+        other.reconciler.stand_by()
+        await other.manager.stand_by()
+
+        for refused in (
+            other.manager.add_coin("ETH"),
+            other.manager.remove_coin("BTC"),
+            anext(other.manager.stream_realtime_data("BTC")),
+        ):
+            with pytest.raises(NotTheCollector, match="another service collects"):
+                await refused
+        assert (await other.manager.resolve("BTC", exchange=None, interval="5m")).since is not None
+        assert (await other.manager.check_availability("BTC")).markets[0].collecting
+
+        asked = len(world.exchange.asked)
+        end = world.clock.now_ms() // FIVE * FIVE
+        wanted = TimeRange(T0, end + FIVE)
+        (before,) = await other.manager.list_targets()
+        assert (before.state, before.last_entry) == (TargetState.DEGRADED, end - FIVE)
+        report = await other.reconciler.settle(BTC_5M, "BTC/USD", wanted, priority=Priority.REQUEST)
+        assert [gap.reason for gap in report.gaps] == [GapReason.PENDING]
+        assert len(world.exchange.asked) == asked
+
+        await world.pass_time(FIVE)
+        (after,) = await other.manager.list_targets()
+        assert after.last_entry == end
+        view = other.reconciler.view(BTC_5M, "BTC/USD")
+        await view.load(TimeRange(end, end + FIVE))
+        assert view.stored_ranges(TimeRange(end, end + FIVE)) == [TimeRange(end, end + FIVE)]
+
+
+async def test_one_that_takes_over_resumes_every_target_from_what_is_stored() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(MINUTE)
+    other = world.beside()
+    other.storage.stand_by()
+    other.reconciler.stand_by()
+    await other.manager.stand_by()
+    await world.pass_time(3 * FIVE)
+    other.storage.collect()
+    other.reconciler.collect()
+    async with other.running():
+        await other.pass_time(MINUTE)
+        assert await other.stored() == world.wanted(other.clock.now_ms() // FIVE * FIVE)
+        await other.manager.stand_by()
+        assert other.exchange.running_streams == []

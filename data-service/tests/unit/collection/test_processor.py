@@ -10,7 +10,7 @@ from collection.processor import RealTimeProcessor
 from domain.candle import CandleUpdate
 from domain.series import Series
 from reconciliation.series_state import SeriesState
-from storage.interfaces import StorageUnavailable
+from storage.interfaces import Change, StorageUnavailable, Stored
 from storage.manager import StorageManagerImpl
 from tests.support.clock import ManualClock
 from tests.support.market import BTC_5M, FIVE, T0, candle, entry
@@ -110,3 +110,24 @@ async def test_storage_that_works_again_is_told_once() -> None:
         event.state for event in world.subscription.waiting() if isinstance(event, StatusTold)
     ]
     assert states == ["degraded", "connected"]
+
+
+async def test_an_outage_behind_the_spool_is_told_and_so_is_its_end() -> None:
+    world = World()
+    world.processor.storage_changed(available=False)
+    await world.processor.process_realtime_entry(entry(T0))
+    world.processor.storage_changed(available=True)
+    states = [
+        event.state for event in world.subscription.waiting() if isinstance(event, StatusTold)
+    ]
+    assert states == ["degraded", "connected"]
+
+
+async def test_a_correction_found_when_the_spool_is_emptied_is_told() -> None:
+    world = World()
+    await world.processor.process_realtime_entry(entry(T0))
+    await world.hub.advance(BTC_5M)
+    world.subscription.waiting()
+    corrected = entry(T0).with_revision(2)
+    world.processor.entry_settled(Stored(corrected, Change.REVISED))
+    assert world.subscription.waiting() == [ClosedCandle(corrected)]

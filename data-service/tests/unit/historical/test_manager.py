@@ -14,6 +14,7 @@ from exchange_source.interfaces import ExchangeUnavailable
 from historical.current_fetcher import CurrentDataFetcher
 from historical.fetcher import HistoricalFetcher
 from historical.manager import HistoricalDataManagerImpl
+from storage.interfaces import StorageUnavailable
 from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
 from tests.support.market import FIVE, HOUR, MINUTE, T0, candles
@@ -216,6 +217,10 @@ async def test_the_most_current_candle_of_a_collected_coin_is_the_forming_one() 
         forming = await history(world).get_most_current_data("BTC")
         assert not forming.closed
         assert (forming.candle.timestamp, forming.age_ms) == (T0 + 24 * HOUR, 1_000)
+        world.raw.fail_with = StorageUnavailable("away")
+        assert await history(world).get_most_current_data("BTC") == forming
+        with pytest.raises(StorageUnavailable):
+            await history(world).get_most_current_data("ETH")
 
 
 async def test_the_most_current_candle_of_an_uncollected_coin_is_fetched() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from domain.candle import Candle
 from domain.entry import Entry
@@ -24,6 +26,7 @@ from reconciliation.settler import asking, settle
 from storage.interfaces import StorageUnavailable
 from storage.manager import StorageManagerImpl
 from storage.path_utility import StoragePathUtility
+from storage.spool import Spool
 from tests.support.clock import ManualClock
 from tests.support.exchange import FakeExchange
 from tests.support.market import BTC_5M, DAY, FIVE, HOUR, MINUTE, T0, book, candle, candles
@@ -256,6 +259,26 @@ async def test_storage_that_cannot_be_listed_means_unknown_and_asks_nobody() -> 
     with pytest.raises(StorageUnavailable):
         await world.settle()
     assert world.exchange.asked == []
+
+
+async def test_what_closes_while_storage_is_away_is_settled_into_the_spool(tmp_path: Path) -> None:
+    world = World(now=T0 + HOUR + 10_000)
+    world.trade(40)
+    spool = Spool(tmp_path)
+    await spool.open()
+    world.storage = StorageManagerImpl(world.raw, spool=spool)
+    world.state = SeriesState(BTC_5M, "BTC/USD", world.storage, world.clock)
+    await world.settle()
+    world.raw.fail_with = StorageUnavailable("away")
+    with capture_logs() as logs:
+        for _ in range(3):
+            await world.clock.advance(FIVE)
+            assert (await world.settle()).gaps == ()
+    assert spool.timestamps(BTC_5M) == [T0 + HOUR + step * FIVE for step in range(3)]
+    assert [log["event"] for log in logs].count("ledger_not_kept") == 1
+    world.raw.fail_with = None
+    assert sorted(await world.stored()) == [T0 + step * FIVE for step in range(15)]
+    await spool.close()
 
 
 async def test_an_entry_that_could_not_be_stored_stays_missing() -> None:

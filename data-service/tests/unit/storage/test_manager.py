@@ -1,4 +1,4 @@
-"""What may replace what, on a real folder and on a backend in memory."""
+"""What may replace what, on a real folder, on Azurite and on a backend in memory."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from domain.entry import Entry
 from domain.interval import Interval
 from domain.time_range import TimeRange
 from errors import InvalidRequest
+from storage.implementations.azure_blob_storage import AzureBlobStorage
 from storage.implementations.local_file_storage import LocalFileStorage
 from storage.interfaces import (
     Change,
@@ -30,6 +31,7 @@ from storage.interfaces import (
 )
 from storage.manager import StorageManagerImpl
 from storage.path_utility import StoragePathUtility
+from tests.support.azurite import Azurite
 from tests.support.entries import BTC, FIVE_MINUTES, NOON, make_book, make_entry
 from tests.support.storage import InMemoryStorage
 
@@ -37,11 +39,18 @@ LATER = NOON + FIVE_MINUTES
 EVER = (0, 2**60)
 
 
-@pytest.fixture(params=["local", "in memory"])
+@pytest.fixture(params=["local", "azure", "in memory"])
 async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[IRawDataStorage]:
-    backend: IRawDataStorage = (
-        LocalFileStorage(tmp_path) if request.param == "local" else InMemoryStorage()
-    )
+    backend: IRawDataStorage
+    if request.param == "local":
+        backend = LocalFileStorage(tmp_path)
+    elif request.param == "azure":
+        azurite: Azurite = request.getfixturevalue("azurite")
+        container: str = request.getfixturevalue("container")
+        backend = AzureBlobStorage(container, connection_string=azurite.connection_string)
+    else:
+        backend = InMemoryStorage()
+    await backend.open()
     yield backend
     await backend.close()
 

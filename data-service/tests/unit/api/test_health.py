@@ -1,0 +1,123 @@
+"""When the service calls itself ready, and what it warns of."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+import api.health
+from api.health import Health
+from api.metrics import StorageCollector
+from collection.role import CollectorRole
+from storage.interfaces import StorageStatus, StorageUnavailable
+from storage.manager import StorageManagerImpl
+from storage.spool import Spool
+from tests.support.clock import ManualClock
+from tests.support.entries import make_entry
+from tests.support.storage import InMemoryStorage
+
+
+async def nothing() -> None:
+    """What beginning and ending do here."""
+
+
+class World:
+    def __init__(self, folder: Path) -> None:
+        self.backend = InMemoryStorage()
+        self.spool = Spool(folder, most_entries=1)
+        self.storage = StorageManagerImpl(self.backend, spool=self.spool)
+        self.role = CollectorRole(
+            self.backend.collector_lock(),
+            ManualClock(),
+            prepare=nothing,
+            begin=nothing,
+            end=nothing,
+        )
+        self.health = Health(self.storage, self.role)
+
+    async def start(self) -> None:
+        await self.spool.open()
+        await self.role.start()
+        self.health.phase = "running"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+async def test_a_service_that_starts_or_stops_is_not_ready(world: World) -> None:
+    await world.start()
+    for phase in ("starting", "stopping"):
+        world.health.phase = phase
+        assert (await world.health.readiness()).reasons == (f"the service is {phase}",)
+
+
+async def test_a_running_collector_is_ready_without_a_word(world: World) -> None:
+    await world.start()
+    readiness = await world.health.readiness()
+    assert (readiness.reasons, readiness.warnings) == ((), ())
+
+
+async def test_a_storage_that_refuses_is_the_reason_and_what_waits_a_warning(world: World) -> None:
+    await world.start()
+    world.backend.fail_with = StorageUnavailable("the line is cut")
+    assert (await world.health.readiness()).reasons == ("storage: the line is cut",)
+    await world.storage.store_raw_data(make_entry(source="stream"))
+    readiness = await world.health.readiness()
+    assert readiness.reasons == (
+        "storage: the line is cut",
+        "the spool is full: what is collected now is refused",
+    )
+    assert [warning[:9] for warning in readiness.warnings] == ["1 entries"]
+
+
+async def test_a_storage_that_does_not_answer_is_a_reason_in_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.health, "READY_TIMEOUT_S", 0.01)
+    await world.start()
+    silent = asyncio.Event()
+    monkeypatch.setattr(world.backend, "check_writable", silent.wait)
+    (reason,) = (await world.health.readiness()).reasons
+    assert reason == "storage did not answer within 0.01 s"
+
+
+async def test_who_stands_by_is_ready_and_says_who_collects(world: World) -> None:
+    world.backend.collector = "pid 7 on elsewhere"
+    await world.start()
+    readiness = await world.health.readiness()
+    assert readiness.reasons == ()
+    (warning,) = readiness.warnings
+    assert "standing by: pid 7 on elsewhere collects" in warning
+
+
+async def test_who_could_not_ask_for_the_root_is_not_ready(world: World) -> None:
+    world.backend.fail_with = StorageUnavailable("the line is cut")
+    with pytest.raises(StorageUnavailable):
+        await world.start()
+    world.health.phase = "running"
+    reasons = (await world.health.readiness()).reasons
+    assert reasons[0] == "not collecting yet: the line is cut"
+
+
+async def test_what_the_backend_warns_of_is_a_warning(world: World) -> None:
+    await world.start()
+    world.backend.warns = ["the disk is nearly full"]
+    assert (await world.health.readiness()).warnings == ("the disk is nearly full",)
+
+
+def test_metrics_say_how_storing_goes() -> None:
+    status = StorageStatus(away="the line is cut", stuck=("a",), spooled=3, spooled_bytes=900)
+    collector = StorageCollector(lambda: status, lambda: True)
+    values = {metric.name: metric.samples[0].value for metric in collector.collect()}
+    assert values == {
+        "cb_trade_collecting": 1,
+        "cb_trade_storage_available": 0,
+        "cb_trade_storage_stuck_series": 1,
+        "cb_trade_spool_entries": 3,
+        "cb_trade_spool_bytes": 900,
+        "cb_trade_spool_full": 0,
+    }

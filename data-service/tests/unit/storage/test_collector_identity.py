@@ -1,0 +1,50 @@
+"""Who a collector is stays the same while nobody else goes by it."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from storage.collector_identity import CollectorIdentity
+from storage.interfaces import StorageUnavailable
+
+
+def test_a_collector_that_comes_back_is_who_it_was(tmp_path: Path) -> None:
+    first = CollectorIdentity(tmp_path / "state")
+    name = first.claim()
+    assert str(uuid.UUID(name)) == name
+    first.release()
+    first.release()
+    again = CollectorIdentity(tmp_path / "state")
+    assert again.claim() == name
+    again.release()
+
+
+def test_a_second_one_beside_it_is_somebody_else(tmp_path: Path) -> None:
+    first, second = CollectorIdentity(tmp_path), CollectorIdentity(tmp_path)
+    name = first.claim()
+    assert second.claim() != name
+    second.release()
+    first.release()
+    third = CollectorIdentity(tmp_path)
+    assert third.claim() == name
+    third.release()
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff" * 36])
+def test_an_id_that_is_none_is_made_anew(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "collector-id").write_bytes(content)
+    first = CollectorIdentity(tmp_path)
+    name = first.claim()
+    first.release()
+    again = CollectorIdentity(tmp_path)
+    assert again.claim() == name
+    again.release()
+
+
+def test_a_folder_that_cannot_be_written_names_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageUnavailable, match=r"STATE_DIR: .*file"):
+        CollectorIdentity(tmp_path / "file").claim()
