@@ -73,6 +73,7 @@ class BlobStub:
         self.asked = asyncio.Event()
         self._at_once = 0
         self._versions: dict[str, int] = {}
+        self._metadata: dict[str, dict[str, str]] = {}
         self._names: list[str] = []
         self._port = 0
         self._stopping = asyncio.Event()
@@ -151,6 +152,7 @@ class BlobStub:
         if content is None:
             return web.Response(status=404, headers={"x-ms-error-code": "BlobNotFound"})
         headers = {**_HEADERS, "ETag": self._etag(name), "x-ms-blob-type": "BlockBlob"}
+        headers |= self._metadata.get(name, {})
         if "x-ms-range" not in asked:
             return web.Response(body=content, headers=headers)
         if not content:
@@ -166,6 +168,9 @@ class BlobStub:
             return web.Response(status=412, headers={"x-ms-error-code": "ConditionNotMet"})
         self.blobs[name] = content
         self._versions[name] = self._versions.get(name, 0) + 1
+        self._metadata[name] = {
+            header: value for header, value in headers.items() if header.startswith("x-ms-meta-")
+        }
         return web.Response(status=201, headers={**_HEADERS, "ETag": self._etag(name)})
 
     def _etag(self, name: str) -> str:

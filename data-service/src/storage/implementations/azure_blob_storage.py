@@ -54,6 +54,8 @@ _FOREVER: Final = 2**60
 # much as others.
 _WORTH_A_LISTING: Final = 4
 _PATHS_NAMED: Final = 5
+# The metadata that tells one write from another.
+_MARK: Final = "write"
 
 _JSON: Final = ContentSettings(content_type="application/json")
 _BYTES: Final = ContentSettings(content_type="application/octet-stream")
@@ -369,7 +371,12 @@ class AzureBlobStorage(IRawDataStorage):
         self._unreadable.discard(path)
 
     async def _put_expecting(self, path: str, content: bytes, version: str | None) -> bool:
-        """Write a document where just this version lies; whether it did."""
+        """Write a document where just this version lies; whether it did.
+
+        Each such write leaves a mark of its own, so that one which was carried out although its
+        answer was lost is known again when it is sent once more, and another's is not.
+        """
+        mark = uuid.uuid4().hex
         options: dict[str, Any] = {"overwrite": False}
         if version is not None:
             options = {
@@ -380,20 +387,33 @@ class AzureBlobStorage(IRawDataStorage):
 
         async def put() -> bool:
             try:
-                await self._blob(path).upload_blob(content, content_settings=_JSON, **options)
+                await self._blob(path).upload_blob(
+                    content, content_settings=_JSON, metadata={_MARK: mark}, **options
+                )
             except HttpResponseError as exc:
                 if not is_unmet(exc):
                     raise
                 return False
             return True
 
-        if not await self._calls.write(path, put):
-            # It may have been carried out and its answer lost, so that it was sent again.
-            found = await self._get(path)
-            if found is None or found[0] != content:
-                return False
+        if not await self._calls.write(path, put) and await self._mark_of(path) != mark:
+            return False
         self._unreadable.discard(path)
         return True
+
+    async def _mark_of(self, path: str) -> str | None:
+        """The mark that the last conditional write left, or None."""
+
+        async def ask() -> str | None:
+            try:
+                properties = await self._blob(path).get_blob_properties()
+            except HttpResponseError as exc:
+                if not is_missing(exc):
+                    raise
+                return None
+            return (properties.metadata or {}).get(_MARK)
+
+        return await self._calls.read(path, ask)
 
     async def _document(self, timestamp: int, path: str, decode: Decode) -> Held | None:
         found = await self._get(path)

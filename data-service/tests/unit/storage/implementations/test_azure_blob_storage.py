@@ -614,6 +614,15 @@ class TestFailures:
             )
             assert stub.blobs[PATH] == b'{"n":2}'
 
+    async def test_the_same_bytes_of_another_writer_are_a_stale_version_all_the_same(
+        self, stub: BlobStub
+    ) -> None:
+        async with opened(stub) as storage:
+            await storage.save_entries("crypto.com", "BTC", [(NOON, {"n": 1})], expected={})
+            stub.faults.append(Answer(500))
+            with pytest.raises(StaleVersion):
+                await storage.save_entries("crypto.com", "BTC", [(NOON, {"n": 1})], expected={})
+
 
 class TestSecrets:
     async def test_no_failure_and_no_log_shows_what_signs(
