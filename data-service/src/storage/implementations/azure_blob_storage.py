@@ -12,22 +12,14 @@ from itertools import groupby
 from typing import Any, Final
 
 import structlog
-from azure.core import MatchConditions
 from azure.core.exceptions import HttpResponseError
-from azure.storage.blob import ContentSettings
-from azure.storage.blob.aio import BlobClient, ContainerClient
+from azure.storage.blob.aio import ContainerClient
 
 from domain.interval import DEFAULT_INTERVAL, Interval
 from storage.documents import check_page, encode_document, read_json
 from storage.implementations.azure_account import AzureAccount
-from storage.implementations.azure_calls import (
-    AzureCalls,
-    download,
-    error_code,
-    in_parallel,
-    is_missing,
-    is_unmet,
-)
+from storage.implementations.azure_blobs import BYTES, JSON, AzureBlobs
+from storage.implementations.azure_calls import AzureCalls, error_code, in_parallel
 from storage.implementations.azure_listing import MOST_DAYS_AHEAD, PAGE, AzureListing, Named
 from storage.implementations.azure_lock import BlobLeaseCollectorLock
 from storage.interfaces import (
@@ -54,11 +46,6 @@ _FOREVER: Final = 2**60
 # much as others.
 _WORTH_A_LISTING: Final = 4
 _PATHS_NAMED: Final = 5
-# The metadata that tells one write from another.
-_MARK: Final = "write"
-
-_JSON: Final = ContentSettings(content_type="application/json")
-_BYTES: Final = ContentSettings(content_type="application/octet-stream")
 
 
 class AzureBlobStorage(IRawDataStorage):
@@ -102,6 +89,7 @@ class AzureBlobStorage(IRawDataStorage):
             writes_at_once=writes_at_once,
             sleep=sleep,
         )
+        self._blobs = AzureBlobs(self._calls, lambda: self._container)
         self._listing = AzureListing(self._calls, lambda: self._container, at_once=reads_at_once)
         self._reads_at_once = reads_at_once
         self._writes_at_once = writes_at_once
@@ -153,9 +141,11 @@ class AzureBlobStorage(IRawDataStorage):
 
         async def save(path: str) -> bool:
             if expected is None:
-                await self._put(path, contents[path], _JSON)
-                return True
-            return await self._put_expecting(path, contents[path], versions[path])
+                await self._blobs.put(path, contents[path], JSON)
+            elif not await self._blobs.put_expecting(path, contents[path], versions[path]):
+                return False
+            self._unreadable.discard(path)
+            return True
 
         written = await in_parallel(save, contents, self._writes_at_once)
         stale = [path for path, done in zip(contents, written, strict=True) if not done]
@@ -294,15 +284,15 @@ class AzureBlobStorage(IRawDataStorage):
 
     async def read_blob(self, path: str) -> bytes | None:
         StoragePathUtility.check_blob_path(path)
-        found = await self._get(path)
+        found = await self._blobs.get(path)
         return None if found is None else found[0]
 
     async def write_blob(self, path: str, content: bytes) -> None:
         StoragePathUtility.check_blob_path(path)
-        await self._put(path, content, _JSON if path.endswith(".json") else _BYTES)
+        await self._blobs.put(path, content, JSON if path.endswith(".json") else BYTES)
 
     async def check_writable(self) -> None:
-        await self._put(f"{SERVICE_FOLDER}/writable", b"", _BYTES)
+        await self._blobs.put(f"{SERVICE_FOLDER}/writable", b"", BYTES)
 
     async def warnings(self) -> list[str]:
         return []
@@ -312,7 +302,7 @@ class AzureBlobStorage(IRawDataStorage):
         return BlobLeaseCollectorLock(
             path,
             self._calls,
-            lambda: self._blob(path),
+            lambda: self._blobs.client(path),
             lease_id=identity or str(uuid.uuid4()),
             monotonic=self._monotonic,
         )
@@ -327,9 +317,6 @@ class AzureBlobStorage(IRawDataStorage):
         if self._client is None:
             raise StorageUnavailable(f"{self._address}: the storage is not open")
         return self._client
-
-    def _blob(self, path: str) -> BlobClient:
-        return self._container.get_blob_client(path)
 
     async def _container_exists(self) -> bool:
         # Asked in a way that any role and signature allows which lets documents be read.
@@ -350,73 +337,8 @@ class AzureBlobStorage(IRawDataStorage):
             if error_code(exc) != "ContainerAlreadyExists":
                 raise
 
-    async def _get(self, path: str) -> tuple[bytes, str] | None:
-        """The bytes and the version of a blob, or None."""
-
-        async def get() -> tuple[bytes, str] | None:
-            try:
-                return await download(self._container, path)
-            except HttpResponseError as exc:
-                if not is_missing(exc):
-                    raise
-                return None
-
-        return await self._calls.read(path, get)
-
-    async def _put(self, path: str, content: bytes, settings: ContentSettings) -> None:
-        async def put() -> None:
-            await self._blob(path).upload_blob(content, overwrite=True, content_settings=settings)
-
-        await self._calls.write(path, put)
-        self._unreadable.discard(path)
-
-    async def _put_expecting(self, path: str, content: bytes, version: str | None) -> bool:
-        """Write a document where just this version lies; whether it did.
-
-        Each such write leaves a mark of its own, so that one which was carried out although its
-        answer was lost is known again when it is sent once more, and another's is not.
-        """
-        mark = uuid.uuid4().hex
-        options: dict[str, Any] = {"overwrite": False}
-        if version is not None:
-            options = {
-                "overwrite": True,
-                "etag": version,
-                "match_condition": MatchConditions.IfNotModified,
-            }
-
-        async def put() -> bool:
-            try:
-                await self._blob(path).upload_blob(
-                    content, content_settings=_JSON, metadata={_MARK: mark}, **options
-                )
-            except HttpResponseError as exc:
-                if not is_unmet(exc):
-                    raise
-                return False
-            return True
-
-        if not await self._calls.write(path, put) and await self._mark_of(path) != mark:
-            return False
-        self._unreadable.discard(path)
-        return True
-
-    async def _mark_of(self, path: str) -> str | None:
-        """The mark that the last conditional write left, or None."""
-
-        async def ask() -> str | None:
-            try:
-                properties = await self._blob(path).get_blob_properties()
-            except HttpResponseError as exc:
-                if not is_missing(exc):
-                    raise
-                return None
-            return (properties.metadata or {}).get(_MARK)
-
-        return await self._calls.read(path, ask)
-
     async def _document(self, timestamp: int, path: str, decode: Decode) -> Held | None:
-        found = await self._get(path)
+        found = await self._blobs.get(path)
         if found is None:
             return None
         content, version = found

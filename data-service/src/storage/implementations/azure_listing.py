@@ -112,14 +112,10 @@ class AzureListing:
 
     async def day(self, coin_path: str, ending: str, day: date) -> Named:
         """The documents of one day, ascending."""
-        day_path = f"{coin_path}/{day:%Y/%m/%d}"
-        found = []
-        for path in await self.names(f"{day_path}/"):
-            timestamp = StoragePathUtility.timestamp_of(path[len(day_path) + 1 :], day, ending)
-            if timestamp is not None:
-                found.append((timestamp, path))
-        found.sort()
-        return found
+        prefix = f"{coin_path}/{day:%Y/%m/%d}/"
+        names = (path[len(prefix) :] for path in await self.names(prefix))
+        found = StoragePathUtility.times_of(names, day, ending)
+        return [(timestamp, f"{prefix}{name}") for timestamp, name in found]
 
     async def names(self, prefix: str, *, most: int | None = None) -> list[str]:
         """The blobs that begin with ``prefix``; the first ``most`` where it is given."""

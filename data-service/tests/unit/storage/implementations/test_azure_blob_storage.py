@@ -476,7 +476,7 @@ class TestFailures:
         assert storage.address in raised.value.message
         assert raised.value.__cause__ is not None
 
-    async def test_a_refused_connection_is_unavailable_at_once(self, azurite: Azurite) -> None:
+    async def test_a_refused_connection_is_unavailable_at_once(self) -> None:
         stopped = Azurite()
         storage = AzureBlobStorage(
             "root", connection_string=stopped.connection_string, sleep=Pauses()
