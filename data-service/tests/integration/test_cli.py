@@ -85,7 +85,7 @@ async def test_storage_that_cannot_be_used_stops_the_start_without_a_traceback(
     assert code not in (0, None)
     assert lines == []
     assert [line for line in errors if "Traceback" in line] == []
-    assert [line for line in errors if "file/data" in line] != []
+    assert [line for line in errors if "file lies where a folder belongs" in line] != []
 
 
 async def test_the_service_starts_without_its_exchange_and_ends_with_0(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ _PASSING: Final = {
 # What to do about one that stays until somebody decides otherwise.
 _LASTING: Final = {
     errno.ENOTDIR: "a file lies where a folder belongs: move it away",
+    errno.EEXIST: "a file lies where a folder belongs: move it away",
     errno.EISDIR: "a folder lies where a file belongs: move it away",
     errno.ENOTEMPTY: "a folder lies where a file belongs: move it away",
     errno.ELOOP: "a link lies where a folder of the root belongs: put the folder itself there",
