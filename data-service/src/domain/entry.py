@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, NoReturn
 
 import msgspec
@@ -118,29 +118,36 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def from_json(cls, content: bytes, series: Series) -> Entry:
-        """Read the bytes of a stored document of ``series``: ``from_document``, but many times
-        as fast.
+        """Read the bytes of a stored document of ``series``; see ``entry_reader``."""
+        return entry_reader(series)(content)
 
-        Raises:
-            InvalidEntry: they are no JSON object, a field is missing or wrong, or the entry is of
-                another series.
-            UnknownSchema: the document's schema is not this one.
-        """
+
+def entry_reader(series: Series) -> Callable[[bytes], Entry]:
+    """Reads bytes of stored documents of ``series``, many times as fast as ``from_document``.
+
+    What it gives raises:
+        InvalidEntry: they are no JSON object, a field is missing or wrong, or the entry is of
+            another series.
+        UnknownSchema: the document's schema is not this one.
+    """
+    # A year is read by a hundred thousand calls: what is the same in all is looked up once.
+    exchange, coin, interval = series.exchange, series.coin, series.interval.name
+    decode: Callable[[bytes], _Document] = _decode
+
+    def read(content: bytes) -> Entry:
         try:
-            fields = _decode(content)
+            fields = decode(content)
         except msgspec.DecodeError as exc:
             _refuse(content, exc)
         if fields.schema != SCHEMA:
             raise _unknown_schema(fields.schema)
-        if (
-            fields.coin != series.coin
-            or fields.exchange != series.exchange
-            or fields.interval != series.interval.name
-        ):
+        if fields.coin != coin or fields.exchange != exchange or fields.interval != interval:
             raise InvalidEntry(
                 f"document of {fields.exchange} {fields.coin} {fields.interval} is none of {series}"
             )
         return _entry(fields, series)
+
+    return read
 
 
 _Text = Annotated[str, msgspec.Meta(min_length=1)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from domain.entry import Entry
+from domain.entry import Entry, entry_reader
 from domain.series import Series
 from errors import InvalidEntry, UnknownSchema
 from storage.interfaces import Decode, StorageError
@@ -17,9 +17,11 @@ def entry_decoder(series: Series) -> Decode:
     does not know raises ``StorageError``: writing over it would destroy what a newer one stored.
     """
 
+    read = entry_reader(series)
+
     def decode(timestamp: int, content: bytes) -> Entry | None:
         try:
-            entry = Entry.from_json(content, series)
+            entry = read(content)
         except UnknownSchema as exc:
             path = StoragePathUtility.get_raw_data_path(
                 series.exchange, series.coin, timestamp, interval=series.interval.name
@@ -27,6 +29,6 @@ def entry_decoder(series: Series) -> Decode:
             raise StorageError(f"{path}: {exc.message}") from exc
         except InvalidEntry:
             return None
-        return entry if entry.timestamp == timestamp else None
+        return entry if entry.candle.timestamp == timestamp else None
 
     return decode

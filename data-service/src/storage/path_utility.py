@@ -134,14 +134,14 @@ class StoragePathUtility:
         """
         start = day_start(day)
         digits = f"{day:%Y%m%d}"
-        found = []
-        for name in file_names:
-            if name[:8] == digits and name[_DIGITS:] == ending:
-                of_day = _time_of_day(name[8:_DIGITS])
-                if of_day is not None:
-                    found.append((start + of_day, name))
-        found.sort()
-        return found
+        # Names of one day and one ending are in the order of their times.
+        return [
+            (start + of_day, name)
+            for name in sorted(file_names)
+            if name[_DIGITS:] == ending
+            and name[:8] == digits
+            and (of_day := _time_of_day(name[8:_DIGITS])) is not None
+        ]
 
     @staticmethod
     def get_ledger_path(

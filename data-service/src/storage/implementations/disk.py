@@ -31,7 +31,7 @@ _MOST_TRIES: Final = 5
 # From so many files on, one sync of the whole file system is cheaper than one a file.
 _BULK: Final = 16
 # Enough for a document with its book; one read takes it.
-_SMALL_BYTES: Final = 16 * 2**10
+_SMALL_BYTES: Final = 8 * 2**10
 # Whatever is larger is no document; reading it could take all memory.
 _MOST_BYTES: Final = 64 * 2**20
 
