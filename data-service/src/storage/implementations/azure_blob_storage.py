@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -21,7 +20,7 @@ from storage.implementations.azure_account import AzureAccount
 from storage.implementations.azure_blobs import BYTES, JSON, AzureBlobs
 from storage.implementations.azure_calls import AzureCalls, error_code, in_parallel
 from storage.implementations.azure_listing import MOST_DAYS_AHEAD, PAGE, AzureListing, Named
-from storage.implementations.azure_lock import BlobLeaseCollectorLock
+from storage.implementations.azure_lock import BlobLeaseCollectorLock, seconds_passed
 from storage.interfaces import (
     Decode,
     Held,
@@ -74,7 +73,7 @@ class AzureBlobStorage(IRawDataStorage):
         pauses_s: tuple[float, ...] = (0.5, 1.0),
         reads_at_once: int = 16,
         writes_at_once: int = 8,
-        monotonic: Callable[[], float] = time.monotonic,
+        monotonic: Callable[[], float] = seconds_passed,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._account = AzureAccount(container, connection_string, account_url)

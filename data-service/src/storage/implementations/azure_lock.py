@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -122,6 +123,14 @@ class BlobLeaseCollectorLock(ICollectorLock):
 
     async def _give_back(self) -> None:
         await BlobLeaseClient(self._blob(), lease_id=self._id).release()
+
+
+def seconds_passed() -> float:
+    """Seconds from an arbitrary start, those that the machine slept through among them: a lease
+    lapses meanwhile."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
 
 
 def _own_name() -> str:
