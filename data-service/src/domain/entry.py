@@ -145,7 +145,12 @@ def entry_reader(series: Series) -> Callable[[bytes], Entry]:
             raise InvalidEntry(
                 f"document of {fields.exchange} {fields.coin} {fields.interval} is none of {series}"
             )
-        return _entry(fields, series)
+        if fields.order_book is not None:
+            return _entry(fields, series)
+        candle = Candle(
+            fields.timestamp, fields.open, fields.high, fields.low, fields.close, fields.volume
+        )
+        return Entry(series, fields.market, candle, None, fields.source, fields.revision)
 
     return read
 
