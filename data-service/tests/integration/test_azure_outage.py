@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 from azure.storage.blob import ContainerClient
 
 from tests.support.azurite import Azurite, running_azurite
-from tests.support.processes import Feed, Stack, market_clock, stack
+from tests.support.processes import Feed, Stack, market_clock, stack, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -27,7 +27,6 @@ CONTAINER = "candles"
 # A minute of the market takes three real seconds.
 SPEED = 20
 OUTAGE_S = 20.0
-PATIENCE_S = 60.0
 
 
 @asynccontextmanager
@@ -53,27 +52,14 @@ async def azurite(tmp_path: Path) -> AsyncIterator[Azurite]:
         yield running
 
 
-async def until(what: Callable[[], Awaitable[bool]], *, within_s: float = PATIENCE_S) -> None:
-    """Ask again until it is so; the event is in another process."""
-    async with asyncio.timeout(within_s):
-        while not await what():  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
-
-
-async def readiness(running: Stack) -> tuple[int, dict[str, Any]]:
-    async with running.http(None) as client:
-        answer = await client.get("/health/ready")
-        return answer.status_code, answer.json()
-
-
 async def not_ready(running: Stack) -> bool:
-    status, said = await readiness(running)
+    status, said = await running.readiness()
     return status == 503 and said["reasons"] != []
 
 
 async def all_written(running: Stack) -> bool:
     """Whether the storage takes everything again and nothing waits any more."""
-    status, said = await readiness(running)
+    status, said = await running.readiness()
     return status == 200 and said["warnings"] == []
 
 
@@ -147,7 +133,7 @@ async def test_an_outage_of_the_storage_loses_nothing_and_keeps_the_order(
             await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
             first = (await feed.next("subscribed"))["last_closed"] + MINUTE
             next_open = await follow(feed, first, 2)
-            assert (await readiness(running))[0] == 200
+            assert (await running.readiness())[0] == 200
 
             began = asyncio.get_running_loop().time()
             azurite.stop()
@@ -200,7 +186,7 @@ async def test_what_waits_survives_a_kill_in_the_middle_of_an_outage(
 
         # It starts without its storage, says so, and collects as soon as it can.
         await running.start_service()
-        status, said = await readiness(running)
+        status, said = await running.readiness()
         assert status == 503
         assert any("not collecting yet" in reason for reason in said["reasons"])
         assert any("wait in the spool" in warning for warning in said["warnings"])

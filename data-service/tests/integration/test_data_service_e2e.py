@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from tests.support.processes import (
     market_clock,
     stack,
     stop,
+    until,
 )
 from tests.support.records import Record, from_sample, generated
 
@@ -55,13 +56,6 @@ def stored_rows(running: Stack, record: Record) -> dict[int, tuple[float, ...]]:
         assert document["market"] == record.coin
         rows[at] = tuple(document[name] for name in ("open", "high", "low", "close", "volume"))
     return rows
-
-
-async def until(what: Callable[[], Awaitable[bool]], *, within_s: float = 60.0) -> None:
-    """Ask again until it is so; for what another process says only when it is asked."""
-    async with asyncio.timeout(within_s):
-        while not await what():  # noqa: ASYNC110  the event is in another process
-            await asyncio.sleep(0.1)
 
 
 async def open_gaps(client: httpx.AsyncClient, record: Record) -> int:

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import websockets
 
-from tests.support.processes import Feed, Stack, market_clock, stack
+from tests.support.processes import Feed, Stack, market_clock, stack, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 MINUTE = 60_000
-PATIENCE_S = 40.0
-
-
-async def until(what: Callable[[], Awaitable[bool]]) -> None:
-    """Ask again until it is so; the event is in another process."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not await what():  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
-
-
-async def readiness(running: Stack) -> tuple[int, dict[str, Any]]:
-    async with running.http(None) as client:
-        answer = await client.get("/health/ready")
-        return answer.status_code, answer.json()
 
 
 @asynccontextmanager
@@ -55,12 +39,12 @@ async def test_a_second_service_serves_what_is_stored_and_takes_over_when_the_fi
             await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
             await feed.next("subscribed")
             told = await feed.next_closed()
-        assert await readiness(first) == (
+        assert await first.readiness() == (
             200, {"status": "ready", "reasons": [], "warnings": []}
         )  # fmt: skip
 
         async with beside(first) as second:
-            status, said = await readiness(second)
+            status, said = await second.readiness()
             assert status == 200
             (warning,) = said["warnings"]
             assert f"pid {first.service.pid if first.service else 0} on " in warning
@@ -86,7 +70,7 @@ async def test_a_second_service_serves_what_is_stored_and_takes_over_when_the_fi
             await first.kill_service()
 
             async def took_over() -> bool:
-                return bool((await readiness(second))[1]["warnings"] == [])
+                return bool((await second.readiness())[1]["warnings"] == [])
 
             await until(took_over)
             async with second.websocket(token) as socket:
@@ -102,7 +86,7 @@ async def test_a_second_service_serves_what_is_stored_and_takes_over_when_the_fi
                 ]
         # What comes back finds the root free again.
         await first.start_service()
-        assert (await readiness(first))[1]["warnings"] == []
+        assert (await first.readiness())[1]["warnings"] == []
 
 
 async def test_a_root_of_the_other_kind_stops_the_start_with_one_line(tmp_path: Path) -> None:

@@ -46,13 +46,16 @@ class Collecting:
         self.preferences = preferences or {}
         self.assemble()
 
-    def beside(self) -> Collecting:
+    async def beside(self) -> Collecting:
         """A second process on the same storage and targets, and the same exchanges; it stands by
         until it is told otherwise."""
         other = Collecting(now=self.clock.now_ms())
         other.clock, other.raw, other.targets = self.clock, self.raw, self.targets
         other.exchanges, other.exchange = self.exchanges, self.exchange
         other.assemble()
+        other.storage.stand_by()
+        other.reconciler.stand_by()
+        await other.manager.stand_by()
         return other
 
     def assemble(self) -> None:

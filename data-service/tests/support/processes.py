@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,13 @@ def clean_environment(**settings: str) -> dict[str, str]:
     """The environment without any setting of the service but ``settings``."""
     kept = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
     return {name: os.environ[name] for name in kept if name in os.environ} | settings
+
+
+async def until(what: Callable[[], Awaitable[bool]], *, within_s: float = 60.0) -> None:
+    """Ask again until it is so; for what another process says only when it is asked."""
+    async with asyncio.timeout(within_s):
+        while not await what():  # noqa: ASYNC110  the event is in another process
+            await asyncio.sleep(0.1)
 
 
 @asynccontextmanager
@@ -149,6 +156,12 @@ class Stack:
             output, _ = await process.communicate()
         assert process.returncode == 0
         return output.decode().strip()
+
+    async def readiness(self) -> tuple[int, dict[str, Any]]:
+        """What ``/health/ready`` answers: the status, and what it says."""
+        async with self.http(None) as client:
+            answer = await client.get("/health/ready")
+            return answer.status_code, answer.json()
 
     def http(self, token: str | None) -> httpx.AsyncClient:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}

@@ -615,10 +615,7 @@ async def test_one_that_stands_by_serves_what_another_stores_and_changes_nothing
     async with world.running():
         await world.manager.add_coin("BTC")
         await world.pass_time(MINUTE)
-        other = world.beside()
-        other.storage.stand_by()
-        other.reconciler.stand_by()
-        await other.manager.stand_by()
+        other = await world.beside()
 
         for refused in (
             other.manager.add_coin("ETH"),
@@ -652,10 +649,7 @@ async def test_one_that_takes_over_resumes_every_target_from_what_is_stored() ->
     async with world.running():
         await world.manager.add_coin("BTC")
         await world.pass_time(MINUTE)
-    other = world.beside()
-    other.storage.stand_by()
-    other.reconciler.stand_by()
-    await other.manager.stand_by()
+    other = await world.beside()
     await world.pass_time(3 * FIVE)
     other.storage.collect()
     other.reconciler.collect()
