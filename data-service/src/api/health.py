@@ -33,6 +33,8 @@ class Health:
             )
         elif not self._role.collecting:
             reasons.append(f"not collecting yet: {self._role.trouble or 'the root was not asked'}")
+        elif self._role.trouble is not None:
+            reasons.append(f"cannot say whether this service still collects: {self._role.trouble}")
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await self._storage.check_health()

@@ -23,7 +23,8 @@ class CollectorRole:
     """Takes the lock, keeps it, and begins and ends collecting with it.
 
     - ``prepare`` is done once, before anything else.
-    - ``begin`` is called when the lock was taken, and again until it succeeds.
+    - ``begin`` is called when the lock was taken, and again until it succeeds; who cannot begin
+      gives the lock back, so that another may.
     - ``end`` is called when another process has the lock. While nobody can say whether it is still
       held, collecting goes on: whoever writes asks the lock itself.
     """
@@ -90,7 +91,11 @@ class CollectorRole:
         if await self._lock.acquire():
             self._other = None
             if not self._collecting:
-                await self._begin()
+                try:
+                    await self._begin()
+                except DataServiceError:
+                    await self._lock.release()
+                    raise
                 self._collecting = True
                 log.info("collecting")
             return

@@ -125,11 +125,13 @@ class StorageManagerImpl(IStorageManager):
         self._look_at_spool()
         while True:
             await self._waiting.wait()
+            # What is doubted or put there meanwhile says so again.
+            self._waiting.clear()
             if self._collecting and self._may_write() and await self._empty_spool():
-                self._waiting.clear()
                 self._look_at_spool()
                 pause = FIRST_PAUSE_S
                 continue
+            self._waiting.set()
             await self._clock.sleep_real(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 

@@ -103,6 +103,16 @@ async def test_who_could_not_ask_for_the_root_is_not_ready(world: World) -> None
     assert reasons[0] == "not collecting yet: the line is cut"
 
 
+async def test_who_cannot_renew_what_it_holds_is_not_ready(world: World) -> None:
+    await world.start()
+    world.backend.fail_with = StorageUnavailable("the line is cut")
+    with pytest.raises(StorageUnavailable):
+        await world.role.start()
+    world.backend.fail_with = None
+    (reason,) = (await world.health.readiness()).reasons
+    assert reason == "cannot say whether this service still collects: the line is cut"
+
+
 async def test_what_the_backend_warns_of_is_a_warning(world: World) -> None:
     await world.start()
     world.backend.warns = ["the disk is nearly full"]

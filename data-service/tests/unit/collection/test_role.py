@@ -137,6 +137,8 @@ async def test_beginning_is_tried_until_it_succeeds(world: World) -> None:
     async with world.running():
         await world.later()
         assert not world.role.collecting
+        # Another, which can, is not kept from it.
+        assert world.storage.collector is None
         world.fail_begin = None
         await world.later()
         assert world.role.collecting

@@ -279,6 +279,20 @@ async def test_a_full_spool_refuses_loudly_and_what_waits_is_still_written(tmp_p
         assert await world.stored() == [make_entry(NOON, source="stream")]
 
 
+async def test_an_entry_that_both_refused_casts_no_lasting_doubt_on_the_backend(
+    tmp_path: Path,
+) -> None:
+    async with running(World(tmp_path, most_entries=0)) as world:
+        world.backend.fail_with = StorageUnavailable("the line is cut")
+        with pytest.raises(SpoolFull):
+            await world.manager.store_raw_data(make_entry())
+        await world.listener.until(False)
+        world.backend.fail_with = None
+        await world.listener.until(False, True)
+        await world.manager.store_raw_data(make_entry())
+        assert await world.stored() == [make_entry()]
+
+
 async def test_when_both_refuse_both_are_named(tmp_path: Path) -> None:
     async with running(World(tmp_path, most_entries=0)) as world:
         world.backend.fail_with = StorageDenied("the key is wrong")
