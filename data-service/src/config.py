@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -142,7 +143,8 @@ class Settings(BaseSettings):
             # Not chained: the text holds a secret.
             raise ValueError(
                 "takes the connection string of a storage account, such as DefaultEndpoints"
-                "Protocol=https;AccountName=...;AccountKey=...;EndpointSuffix=core.windows.net"
+                "Protocol=https;AccountName=...;AccountKey=...;EndpointSuffix=core.windows.net, "
+                "with the key as the portal shows it"
             ) from None
         return value
 
@@ -151,9 +153,11 @@ class Settings(BaseSettings):
     def _account_url(cls, value: str | None) -> str | None:
         if not value:
             return None
-        if not _is_base_url(value) or "?" in value or "@" in value:
+        # Whoever signs in with an identity does so over TLS only.
+        secure = value.lower().startswith("https://") and _is_base_url(value)
+        if not secure or "?" in value or "@" in value:
             raise ValueError(
-                f"takes the address of a storage account without a signature, such as "
+                f"takes the https address of a storage account without a signature, such as "
                 f"https://account{_AZURE_HOST}"
             )
         return value.rstrip("/")
@@ -258,7 +262,7 @@ def _azure_options(connection_string: str) -> dict[str, str]:
     """The options of the table's client that say the same as a connection string.
 
     Raises:
-        ValueError: it names no account, or nothing to sign with.
+        ValueError: it names no account, or nothing to sign with, or the key is no base64.
     """
     fields: dict[str, str] = {}
     for part in connection_string.strip().strip(";").split(";"):
@@ -271,6 +275,8 @@ def _azure_options(connection_string: str) -> dict[str, str]:
     if fields.get("accountname"):
         options["account_name"] = fields["accountname"]
     if fields.get("accountkey"):
+        # Checked only: the key is used as it is written.
+        base64.b64decode(fields["accountkey"], validate=True)
         options["account_key"] = fields["accountkey"]
     elif fields.get("sharedaccesssignature"):
         options["sas_token"] = fields["sharedaccesssignature"]

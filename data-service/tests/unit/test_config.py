@@ -66,7 +66,13 @@ def test_a_file_is_read_and_the_environment_wins(
         ("AZURE_STORAGE_CONNECTION_STRING", "hunter2-is-secret", "AccountName=...;AccountKey=..."),
         ("AZURE_STORAGE_CONNECTION_STRING", "AccountName=a", "AccountName=...;AccountKey=..."),
         ("AZURE_STORAGE_CONNECTION_STRING", "AccountKey=hunter2", "AccountName=...;AccountKey="),
+        (
+            "AZURE_STORAGE_CONNECTION_STRING",
+            "AccountName=a;AccountKey=hunter2!",
+            "with the key as the portal shows it",
+        ),
         ("AZURE_STORAGE_ACCOUNT_URL", "account", "https://account.blob.core.windows.net"),
+        ("AZURE_STORAGE_ACCOUNT_URL", "http://account.blob.core.windows.net", "the https address"),
         ("AZURE_STORAGE_ACCOUNT_URL", "https://a.net?sig=hunter2", "without a signature"),
         ("STORAGE_ROOT", "", "at least 1"),
         ("STATE_DIR", "", "a folder"),
@@ -219,7 +225,7 @@ def test_a_file_that_is_no_text_is_one_line_without_its_content(tmp_path: Path) 
 def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTH_SECRET", "hunter2-" * 5)
     monkeypatch.setenv("EXCHANGE_CREDENTIALS", '{"crypto.com": {"secret": "hunter2"}}')
-    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=a;AccountKey=hunter2")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=a;AccountKey=hunter21")
     assert "hunter2" not in repr(load_settings())
 
 
