@@ -70,7 +70,8 @@ async def test_a_second_service_serves_what_is_stored_and_takes_over_when_the_fi
             await first.kill_service()
 
             async def took_over() -> bool:
-                return bool((await second.readiness())[1]["warnings"] == [])
+                status, said = await second.readiness()
+                return status == 200 and said["warnings"] == []
 
             await until(took_over)
             async with second.websocket(token) as socket:
