@@ -112,6 +112,7 @@ class StorageManagerImpl(IStorageManager):
         another process may have written."""
         self._markets.clear()
         self._known.clear()
+        self._stuck.clear()
         self._collecting = True
         self._look_at_spool()
 
@@ -470,15 +471,19 @@ class StorageManagerImpl(IStorageManager):
             self._note_away(exc.message)
             return False
         self._note_back()
-        self._stuck.clear()
-        spool = self._required_spool() if self._spool is not None else None
+        spool = self._spool
         for series in spool.serieses() if spool is not None else ():
             try:
                 await self._empty_series(series)
             except StorageUnavailable as exc:
                 # Of one series perhaps: it disturbs no other.
+                if series not in self._stuck:
+                    log.warning("series_is_stuck", series=str(series), error=exc.message)
                 self._stuck[series] = exc.message
-                log.warning("spool_not_drained", series=str(series), error=exc.message)
+            else:
+                left = spool is not None and spool.holds(series)
+                if not left and self._stuck.pop(series, None) is not None:
+                    log.info("series_is_stored_again", series=str(series))
         return not self._stuck
 
     async def _empty_series(self, series: Series) -> None:

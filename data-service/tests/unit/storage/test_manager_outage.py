@@ -375,23 +375,32 @@ class OneCoinDenied(InMemoryStorage):
         )
 
 
+async def check_that_one_is_stuck(world: World, backend: OneCoinDenied) -> None:
+    await world.manager.store_raw_data(make_entry(NOON))
+    await world.manager.store_raw_data(make_entry(NOON, series=ETH, market="ETH/USD"))
+    async with asyncio.timeout(PATIENCE_S):
+        while world.manager.status.stuck == () or world.spool.entries > 1:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert len(await world.stored("ETH")) == 1
+    assert world.manager.status.stuck == ("raw_data/crypto.com/BTC: permission denied",)
+    assert world.manager.status.away is None
+    # What comes next goes behind what waits, or that would replace it.
+    backend.denied = None
+    await world.manager.store_raw_data(make_entry(NOON, close=101.0))
+    await world.drained()
+    assert await world.stored() == [make_entry(NOON, close=101.0).with_revision(2)]
+
+
 async def test_one_series_that_is_refused_disturbs_no_other(tmp_path: Path) -> None:
     world = World(tmp_path)
     backend = world.backend = OneCoinDenied()
     async with running(world):
-        await world.manager.store_raw_data(make_entry(NOON))
-        await world.manager.store_raw_data(make_entry(NOON, series=ETH, market="ETH/USD"))
-        async with asyncio.timeout(PATIENCE_S):
-            while world.manager.status.stuck == () or world.spool.entries > 1:  # noqa: ASYNC110
-                await asyncio.sleep(0)
-        assert len(await world.stored("ETH")) == 1
-        assert world.manager.status.stuck == ("raw_data/crypto.com/BTC: permission denied",)
-        assert world.manager.status.away is None
-        # What comes next goes behind what waits, or that would replace it.
-        backend.denied = None
-        await world.manager.store_raw_data(make_entry(NOON, close=101.0))
-        await world.drained()
-        assert await world.stored() == [make_entry(NOON, close=101.0).with_revision(2)]
+        with capture_logs() as logs:
+            await check_that_one_is_stuck(world, backend)
+    assert [log["event"] for log in logs if log["event"].startswith("series")] == [
+        "series_is_stuck",
+        "series_is_stored_again",
+    ]
 
 
 # One collector a root.
