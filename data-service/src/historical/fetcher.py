@@ -69,7 +69,8 @@ class HistoricalFetcher:
         wanted = self.closed_part(resolved, wanted)
         if not wanted:
             return Page(wanted, (), (), 0, 0, None)
-        fetched, error, answered = set[int](), None, False
+        step = series.interval.milliseconds
+        fetched, error = set[int](), None
         gaps: tuple[Gap, ...]
         try:
             async with asyncio.timeout(self._patience_s):
@@ -82,8 +83,7 @@ class HistoricalFetcher:
             error = exc
             gaps = tuple(self._reconciler.view(series, resolved.market).gaps(wanted))
         else:
-            gaps, error, answered = report.gaps, report.error, True
-            step = series.interval.milliseconds
+            gaps, error = report.gaps, report.error
             fetched.update(
                 period for run in report.fetched for period in range(run.start, run.end, step)
             )
@@ -94,15 +94,14 @@ class HistoricalFetcher:
             wanted.end,
             interval=series.interval.name,
         )
-        if not answered:
-            # Nobody made sure that storage was listed: what was read is no gap.
-            read, step = {entry.timestamp for entry in entries}, series.interval.milliseconds
-            gaps = joined(
-                Gap(TimeRange(period, period + step), gap.reason)
-                for gap in gaps
-                for period in range(gap.range.start, gap.range.end, step)
-                if period not in read
-            )
+        # Another job or process may have stored since gaps were looked for: what was read is none.
+        read = {entry.timestamp for entry in entries}
+        gaps = joined(
+            Gap(TimeRange(period, period + step), gap.reason)
+            for gap in gaps
+            for period in range(gap.range.start, gap.range.end, step)
+            if period not in read
+        )
         from_exchange = sum(entry.timestamp in fetched for entry in entries)
         return Page(
             range=wanted,

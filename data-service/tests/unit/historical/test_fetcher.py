@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from domain.gap import Gap, GapReason, joined
 from domain.time_range import TimeRange
 from exchange_source.interfaces import ExchangeUnavailable
 from historical.fetcher import HistoricalFetcher
 from historical.interfaces import ResolvedSeries
+from reconciliation.reconciler import Reconciler
+from storage.manager import StorageManagerImpl
 from tests.support.collecting import Collecting
 from tests.support.market import BTC_5M, FIVE, HOUR, T0, candle, candles, entry
 
@@ -121,3 +125,25 @@ def test_gaps_that_touch_and_have_one_reason_are_one() -> None:
     second = Gap(TimeRange(10, 20), GapReason.PENDING)
     third = Gap(TimeRange(20, 30), GapReason.NO_TRADES)
     assert joined([first, second, third]) == (Gap(TimeRange(0, 20), GapReason.PENDING), third)
+
+
+class StoredMeanwhile(StorageManagerImpl):
+    """Another process stores an entry between the look for gaps and the reading."""
+
+    async def stored_ranges(self, *asked: Any, **options: Any) -> list[TimeRange]:
+        found = await super().stored_ranges(*asked, **options)
+        await StorageManagerImpl(self._storage).store_raw_data(entry(T0 + FIVE))
+        return found
+
+
+async def test_what_another_process_stores_meanwhile_is_a_row_and_no_gap() -> None:
+    world = Collecting()
+    await world.storage.store_batch([entry(T0), entry(T0 + 2 * FIVE)])
+    other = await world.beside()
+    reconciler = Reconciler(other.exchanges, StoredMeanwhile(other.raw), other.clock)
+    reconciler.stand_by()
+    page = await HistoricalFetcher(other.storage, reconciler, other.clock).fetch_data(
+        RESOLVED, TimeRange(T0, T0 + 4 * FIVE)
+    )
+    assert [item.timestamp for item in page.entries] == [T0, T0 + FIVE, T0 + 2 * FIVE]
+    assert page.gaps == (Gap(TimeRange(T0 + 3 * FIVE, T0 + 4 * FIVE), GapReason.PENDING),)
