@@ -70,8 +70,13 @@ def documents(start: int, count: int, step: int = FIVE_MINUTES) -> dict[str, byt
 
 
 def running() -> set[asyncio.Task[Any]]:
-    """The tasks that run beside those of the stub's connections."""
-    return {task for task in asyncio.all_tasks() if "RequestHandler" not in repr(task.get_coro())}
+    """The tasks that run beside those of the stub: of its connections, and of accepting them."""
+    of_the_stub = ("RequestHandler", "_accept_connection")
+    return {
+        task
+        for task in asyncio.all_tasks()
+        if not any(name in repr(task.get_coro()) for name in of_the_stub)
+    }
 
 
 class Pauses:
