@@ -258,18 +258,19 @@ class Settings(BaseSettings):
         return any(name in self.exchange_endpoints for name in self.exchanges)
 
 
+def connection_fields(connection_string: str) -> dict[str, str]:
+    """What a connection string of Azure says, by lower-case name. Secrets are among it."""
+    parts = (part.partition("=") for part in connection_string.split(";"))
+    return {name.strip().lower(): value.strip() for name, _, value in parts if name.strip()}
+
+
 def _azure_options(connection_string: str) -> dict[str, str]:
     """The options of the table's client that say the same as a connection string.
 
     Raises:
         ValueError: it names no account, or nothing to sign with, or the key is no base64.
     """
-    fields: dict[str, str] = {}
-    for part in connection_string.strip().strip(";").split(";"):
-        name, found, value = part.partition("=")
-        if not found:
-            raise ValueError("no name=value")
-        fields[name.strip().lower()] = value.strip()
+    fields = connection_fields(connection_string)
     endpoint = fields.get("blobendpoint", "").rstrip("/")
     options = _account_options(endpoint) if endpoint else {}
     if fields.get("accountname"):

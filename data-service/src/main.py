@@ -95,7 +95,7 @@ async def _assembled(
         await spool.open()
         identity = CollectorIdentity(spool_folder(settings, raw_storage))
         stack.callback(identity.release)
-        lock = raw_storage.collector_lock(identity=await asyncio.to_thread(identity.claim))
+        lock = raw_storage.collector_lock(identity=await identity.claim())
         stack.push_async_callback(lock.release)
         storage = StorageManagerImpl(raw_storage, spool=spool, lock=lock, clock=clock)
         targets = TargetManager.from_settings(settings, clock)

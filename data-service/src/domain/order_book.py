@@ -65,10 +65,14 @@ class OrderBook:
         """What sellers ask, lowest price first."""
         return _unpacked(self._asks)
 
+    @property
+    def depth(self) -> int:
+        """How many levels the longer side has."""
+        return max(len(self._bids), len(self._asks)) // _LEVEL_BYTES
+
     def top(self, depth: int = BOOK_DEPTH) -> OrderBook:
         """The best ``depth`` levels of each side."""
-        size = depth * _LEVEL_BYTES
-        if len(self._bids) <= size and len(self._asks) <= size:
+        if self.depth <= depth:
             return self
         return OrderBook(self._timestamp, self.bids[:depth], self.asks[:depth])
 

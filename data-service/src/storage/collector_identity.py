@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import uuid
@@ -12,6 +13,7 @@ from storage.interfaces import StorageUnavailable
 
 _NAME: Final = "collector-id"
 _ID_BYTES: Final = 36
+_TIMEOUT_S: Final = 30.0
 
 
 class CollectorIdentity:
@@ -27,12 +29,21 @@ class CollectorIdentity:
         self._path = folder / _NAME
         self._descriptor: int | None = None
 
-    def claim(self) -> str:
-        """The id; blocks for a moment.
+    async def claim(self) -> str:
+        """The id.
 
         Raises:
-            StorageUnavailable: the folder cannot be written.
+            StorageUnavailable: the folder cannot be written, or its disk does not answer.
         """
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                return await asyncio.to_thread(self._claim)
+        except TimeoutError as exc:
+            raise StorageUnavailable(
+                f"STATE_DIR: {self._path}: the disk has not answered for {_TIMEOUT_S:g} s; check it"
+            ) from exc
+
+    def _claim(self) -> str:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

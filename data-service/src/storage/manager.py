@@ -150,16 +150,17 @@ class StorageManagerImpl(IStorageManager):
             )
         series = entries[0].series
         self._check_batch(series, entries)
+        spool = self._spool
         async with self._lock_of(series):
-            if self._has_to_wait(series):
-                return await self._spool_batch(series, entries)
+            if spool is None:
+                return await self._write_batch(series, entries)
+            if self._has_to_wait(spool, series):
+                return await self._spool_batch(spool, series, entries)
             try:
                 return await self._write_batch(series, entries)
             except StorageUnavailable as exc:
-                if self._spool is None:
-                    raise
                 self._doubt()
-                return await self._spool_batch(series, entries, exc)
+                return await self._spool_batch(spool, series, entries, exc)
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -350,7 +351,7 @@ class StorageManagerImpl(IStorageManager):
             raise InvalidRequest("a batch takes entries ascending by time, each period once")
         for entry in entries:
             book = entry.order_book
-            if book is not None and max(len(book.bids), len(book.asks)) > BOOK_DEPTH:
+            if book is not None and book.depth > BOOK_DEPTH:
                 raise InvalidEntry(
                     f"order book of {series} {entry.timestamp} is deeper than {BOOK_DEPTH} levels "
                     f"a side; store its top"
@@ -390,15 +391,17 @@ class StorageManagerImpl(IStorageManager):
     def _may_write(self) -> bool:
         return self._lock is None or self._lock.is_held
 
-    def _has_to_wait(self, series: Series) -> bool:
+    def _has_to_wait(self, spool: Spool, series: Series) -> bool:
         """Whether entries of the series go to the spool: behind what waits there already, and
         while the backend is not known to be there, or to be this process's."""
-        return self._spool is not None and (
-            self._doubted or self._spool.holds(series) or not self._may_write()
-        )
+        return self._doubted or spool.holds(series) or not self._may_write()
 
     async def _spool_batch(
-        self, series: Series, entries: Sequence[Entry], why: StorageError | None = None
+        self,
+        spool: Spool,
+        series: Series,
+        entries: Sequence[Entry],
+        why: StorageError | None = None,
     ) -> list[Stored]:
         """Keep entries locally; the series is locked.
 
@@ -406,7 +409,6 @@ class StorageManagerImpl(IStorageManager):
         nothing, the answer is that they are new, and a correction is told when the spool is
         emptied.
         """
-        spool = self._required_spool()
         timestamps = [entry.timestamp for entry in entries]
         waiting = await self._read_spool(series, [*spool.timestamps(series)[:1], *timestamps])
         market = self._markets.get(series) or next(
@@ -449,11 +451,6 @@ class StorageManagerImpl(IStorageManager):
         wanted = [timestamp for timestamp in timestamps if timestamp in waiting]
         return await self._spool.read(series, wanted) if wanted else {}
 
-    def _required_spool(self) -> Spool:
-        if self._spool is None:  # cannot be: nothing waits without one
-            raise StorageUnavailable(f"{self._storage.address}: there is no spool")
-        return self._spool
-
     def _look_at_spool(self) -> None:
         if self._spool is not None and self._spool.entries:
             self._waiting.set()
@@ -471,30 +468,30 @@ class StorageManagerImpl(IStorageManager):
             self._note_away(exc.message)
             return False
         self._note_back()
-        spool = self._spool
-        for series in spool.serieses() if spool is not None else ():
+        if self._spool is not None:
+            await self._empty_serieses(self._spool)
+        return not self._stuck
+
+    async def _empty_serieses(self, spool: Spool) -> None:
+        for series in spool.serieses():
             try:
-                await self._empty_series(series)
+                await self._empty_series(spool, series)
             except StorageUnavailable as exc:
                 # Of one series perhaps: it disturbs no other.
                 if series not in self._stuck:
                     log.warning("series_is_stuck", series=str(series), error=exc.message)
                 self._stuck[series] = exc.message
             else:
-                left = spool is not None and spool.holds(series)
-                if not left and self._stuck.pop(series, None) is not None:
+                if not spool.holds(series) and self._stuck.pop(series, None) is not None:
                     log.info("series_is_stored_again", series=str(series))
-        return not self._stuck
 
-    async def _empty_series(self, series: Series) -> None:
-        spool = self._required_spool()
+    async def _empty_series(self, spool: Spool, series: Series) -> None:
         while spool.holds(series) and self._collecting and self._may_write():
             async with self._lock_of(series):
-                await self._empty_batch(series, spool.timestamps(series)[:DRAIN_BATCH])
+                await self._empty_batch(spool, series, spool.timestamps(series)[:DRAIN_BATCH])
 
-    async def _empty_batch(self, series: Series, timestamps: Sequence[int]) -> None:
+    async def _empty_batch(self, spool: Spool, series: Series, timestamps: Sequence[int]) -> None:
         """Move entries that wait to the backend; the series is locked."""
-        spool = self._required_spool()
         refused = None
         try:
             stored = await self._move(spool, series, timestamps)
@@ -509,7 +506,7 @@ class StorageManagerImpl(IStorageManager):
                     self._listener.entry_settled(outcome)
         if refused is not None and len(timestamps) > 1:
             for timestamp in timestamps:
-                await self._empty_batch(series, [timestamp])
+                await self._empty_batch(spool, series, [timestamp])
         elif refused is not None:
             # Of another market, or a schema from the future: it would be refused for ever.
             log.error("spooled_entry_refused", series=str(series), error=refused.message)

@@ -113,6 +113,13 @@ async def state_of_storage(feed: Feed) -> str:
     return str(message["state"])
 
 
+async def subscribe(feed: Feed) -> int:
+    """Subscribe to the coin; the first closed candle to be told."""
+    await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
+    last_closed: int = (await feed.next("subscribed"))["last_closed"]
+    return last_closed + MINUTE
+
+
 async def follow(feed: Feed, next_open: int, count: int) -> int:
     """Read closed candles, each of which must be the next one; the one that comes after them."""
     for _ in range(count):
@@ -130,8 +137,7 @@ async def test_an_outage_of_the_storage_loses_nothing_and_keeps_the_order(
         token = await running.token()
         async with running.websocket(token) as socket:
             feed = Feed(socket)
-            await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
-            first = (await feed.next("subscribed"))["last_closed"] + MINUTE
+            first = await subscribe(feed)
             next_open = await follow(feed, first, 2)
             assert (await running.readiness())[0] == 200
 
@@ -177,8 +183,7 @@ async def test_what_waits_survives_a_kill_in_the_middle_of_an_outage(
         token = await running.token()
         async with running.websocket(token) as socket:
             feed = Feed(socket)
-            await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
-            first = (await feed.next("subscribed"))["last_closed"] + MINUTE
+            first = await subscribe(feed)
             next_open = await follow(feed, first, 1)
             azurite.stop()
             lost_from = next_open

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from azure.storage.blob.aio import ContainerClient
 
+from config import connection_fields
 from errors import ConfigurationError
 from storage.implementations.azure_calls import WholeBodyTransport
 
@@ -129,5 +130,4 @@ class AzureAccount:
 
     @property
     def _fields(self) -> dict[str, str]:
-        parts = (part.partition("=") for part in (self.connection_string or "").split(";"))
-        return {name.strip().lower(): value.strip() for name, _, value in parts if name.strip()}
+        return connection_fields(self.connection_string or "")

@@ -27,6 +27,7 @@ def test_a_sorted_book_is_accepted_and_its_top_is_its_best_levels(
     assert top.timestamp == 7
     assert top.bids == book.bids[:BOOK_DEPTH]
     assert top.asks == book.asks[:BOOK_DEPTH]
+    assert book.depth == max(len(book.bids), len(book.asks))
 
 
 def test_a_side_may_be_empty() -> None:

@@ -268,6 +268,9 @@ class TestOpening:
             for _ in range(4)
         ]
         await asyncio.gather(*(storage.open() for storage in storages))
+        await storages[0].save_entry("crypto.com", "BTC", NOON, {"close": 1})
+        for storage in storages:
+            assert await storage.get_entry("crypto.com", "BTC", NOON) == {"close": 1}
         await asyncio.gather(*(storage.close() for storage in storages))
 
     async def test_it_opens_once_the_service_is_back(self, stub: BlobStub) -> None:
