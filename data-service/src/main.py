@@ -187,6 +187,13 @@ def _role(
         await check_stamp(raw_storage, redirected=settings.redirected)
 
     async def begin() -> None:
+        try:
+            await collect()
+        except DataServiceError:
+            await end()
+            raise
+
+    async def collect() -> None:
         if not await check_stamp(raw_storage, redirected=settings.redirected):
             await write_stamp(raw_storage, redirected=settings.redirected)
         await targets.open()

@@ -432,9 +432,13 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             lag_ms = max(0, self._clock.now_ms() - newest.end)
             return TargetStatus(target, TargetState.DEGRADED, newest.timestamp, lag_ms)
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(status(target)) for target in self._collection.all()]
-        return [task.result() for task in tasks]
+        tasks = [asyncio.create_task(status(target)) for target in self._collection.all()]
+        try:
+            # Not a task group: callers know the error itself, and no group of it.
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def _status(self, target: Target) -> TargetStatus:
         kept = self._kept.get(target.series)

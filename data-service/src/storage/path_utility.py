@@ -144,6 +144,17 @@ class StoragePathUtility:
         ]
 
     @staticmethod
+    def numbers_of(
+        names: Iterable[str], digits: int, low: int, high: int, *, newest_first: bool
+    ) -> list[int]:
+        """The names of folders that are years, months or days: numbers of so many digits, from
+        ``low`` to ``high``, in order."""
+        numbers = (
+            int(name) for name in names if len(name) == digits and name.isascii() and name.isdigit()
+        )
+        return sorted((n for n in numbers if low <= n <= high), reverse=newest_first)
+
+    @staticmethod
     def get_ledger_path(
         exchange_name: str, coin_symbol: str, *, interval: str = DEFAULT_INTERVAL
     ) -> str:

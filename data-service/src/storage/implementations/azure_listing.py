@@ -103,12 +103,9 @@ class AzureListing:
         self, folder: str, digits: int, low: int, high: int, *, newest_first: bool
     ) -> list[int]:
         """The folders in a folder that are numbers of so many digits, from ``low`` to ``high``."""
-        numbers = [
-            int(name)
-            for name in await self.folders(folder)
-            if len(name) == digits and name.isascii() and name.isdigit()
-        ]
-        return sorted((n for n in numbers if low <= n <= high), reverse=newest_first)
+        return StoragePathUtility.numbers_of(
+            await self.folders(folder), digits, low, high, newest_first=newest_first
+        )
 
     async def day(self, coin_path: str, ending: str, day: date) -> Named:
         """The documents of one day, ascending."""

@@ -551,10 +551,7 @@ class LocalFileStorage(IRawDataStorage):
             return []
         with folder:
             names = self._disk.names(folder)
-        numbers = [
-            int(name) for name in names if len(name) == digits and name.isascii() and name.isdigit()
-        ]
-        return sorted((n for n in numbers if low <= n <= high), reverse=newest_first)
+        return StoragePathUtility.numbers_of(names, digits, low, high, newest_first=newest_first)
 
 
 def _batches(documents: Iterator[tuple[str, Mapping[str, Any]]]) -> Iterator[dict[str, bytes]]:

@@ -627,6 +627,11 @@ async def test_one_that_stands_by_serves_what_another_stores_and_changes_nothing
         assert (await other.manager.resolve("BTC", exchange=None, interval="5m")).since is not None
         assert (await other.manager.check_availability("BTC")).markets[0].collecting
 
+        world.raw.fail_with = StorageUnavailable("away")
+        with pytest.raises(StorageUnavailable, match="away"):
+            await other.manager.list_targets()
+        world.raw.fail_with = None
+
         asked = len(world.exchange.asked)
         end = world.clock.now_ms() // FIVE * FIVE
         wanted = TimeRange(T0, end + FIVE)

@@ -196,3 +196,10 @@ def test_a_range_is_cut_to_the_times_that_names_carry() -> None:
 def test_a_moment_between_milliseconds_belongs_to_the_next_one() -> None:
     assert to_milliseconds(datetime(1970, 1, 1, 0, 0, 1, 1, tzinfo=UTC)) == 1001
     assert to_milliseconds(datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC)) == 1000
+
+
+def test_folders_of_dates_are_those_whose_names_are_numbers_in_bounds() -> None:
+    names = ["12", "01", "13", "1", "001", "1a", "\u0661\u0662", "03"]
+    numbers = StoragePathUtility.numbers_of
+    assert numbers(names, 2, 1, 12, newest_first=False) == [1, 3, 12]
+    assert numbers(names, 2, 2, 12, newest_first=True) == [12, 3]
