@@ -44,8 +44,11 @@ class TargetStatus:
 
 @dataclass(frozen=True, slots=True)
 class AddCoinResult:
+    """``unreachable`` names the exchanges that would have gone first and could not be asked."""
+
     status: Literal["added", "already_collecting"]
     target: TargetStatus
+    unreachable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

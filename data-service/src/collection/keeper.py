@@ -16,6 +16,7 @@ from collection.feed import FeedSupervisor
 from collection.hub import Hub
 from collection.interfaces import TargetState, TargetStatus
 from collection.processor import RealTimeProcessor
+from collection.waiting import first_of
 from domain.clock import IClock
 from domain.entry import BOOK_TOLERANCE_MS
 from domain.gap import GapReason
@@ -48,6 +49,9 @@ SHORTEST_REAL_PAUSE_S: Final = 0.05
 LOOK_RHYTHM_MS: Final = 30_000
 FIRST_RETRY_S: Final = 1.0
 LONGEST_RETRY_S: Final = 60.0
+# What the exchange refuses is not asked for again sooner than this (real time), nor before the
+# next repair.
+REFUSED_PAUSE_S: Final = 30.0
 
 log = structlog.get_logger(__name__)
 
@@ -88,6 +92,10 @@ class SeriesKeeper:
         self._backfilled = False
         self._delisted = False
         self._failing = False
+        # Cleared while the market is delisted or refused: then only the repair asks, hour by hour.
+        self._served = asyncio.Event()
+        self._served.set()
+        self._reconnected = asyncio.Event()
 
     def status(self) -> TargetStatus:
         """How the target does."""
@@ -105,6 +113,11 @@ class SeriesKeeper:
         """Tell subscribers from the period that runs now: for a target that was just added."""
         self._open(self.series.interval.floor(self._clock.now_ms()))
 
+    def note_reconnect(self) -> None:
+        """The feed is back: look at what it may have missed, and at everything wanted."""
+        self._wake.set()
+        self._reconnected.set()
+
     async def run(self) -> None:
         """Keep the series until cancelled."""
         self._processor.route(self.series, self.target.market, self._on_update)
@@ -113,10 +126,14 @@ class SeriesKeeper:
             async with asyncio.TaskGroup() as group:
                 group.create_task(
                     self._feed.keep_candles(
-                        self.target.market, self.target.interval, self._wake.set
+                        self.target.market,
+                        self.target.interval,
+                        on_refused=self._stream_refused,
                     )
                 )
-                group.create_task(self._feed.keep_book(self.target.market))
+                group.create_task(
+                    self._feed.keep_book(self.target.market, on_refused=self._stream_refused)
+                )
                 group.create_task(self._follow())
                 group.create_task(self._repair())
                 group.create_task(self._look_again())
@@ -133,6 +150,7 @@ class SeriesKeeper:
         poll = FIRST_POLL_MS
         interval = self.series.interval
         while True:
+            await self._served.wait()
             self._wake.clear()
             closed_end = interval.floor(self._clock.now_ms())
             # After an outage everything that it swallowed is live again.
@@ -145,11 +163,15 @@ class SeriesKeeper:
             next_look = closed_end + self._step + CLOSE_GRACE_MS
             if report is not None and not report.open:
                 poll = FIRST_POLL_MS
+                self._restart_if_silent(closed_end - self._step)
                 await self._wait(next_look)
                 continue
             pause = SHORTEST_REAL_PAUSE_S
             if report is None or report.error is not None:
                 pause = max(pause, self._reconciler.retry_in(self.series.exchange))
+            elif poll == LONGEST_POLL_MS:
+                # It answers, and has told nothing newer for minutes.
+                await self._check_listed()
             await self._clock.sleep_real(pause)
             # Not back to the first pause at the next close: a market without trades stays open for
             # hours, and its first update wakes this anyway.
@@ -157,12 +179,14 @@ class SeriesKeeper:
             poll = min(2 * poll, LONGEST_POLL_MS)
 
     async def _repair(self) -> None:
-        """Settle everything wanted: backfill at first, then what was missed, hour by hour."""
+        """Settle everything wanted: backfill at first, then what was missed, hour by hour, after
+        each loss of the feed, and as soon as a market is served again."""
         failures = left_open = 0
         while True:
+            self._reconnected.clear()
             closed_end = self.series.interval.floor(self._clock.now_ms())
             report = await self._settle(TimeRange(self.target.since, closed_end), Priority.BACKFILL)
-            if report is None or report.error is not None:
+            if self._served.is_set() and (report is None or report.error is not None):
                 pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures, 10))
                 failures += 1
                 await self._clock.sleep_real(
@@ -174,20 +198,28 @@ class SeriesKeeper:
                 continue
             failures = 0
             again = REPAIR_EVERY_MS
-            if any(gap.range.start < self._live_edge(closed_end) for gap in report.open):
-                # The exchange answers and proves nothing of them: it may, a little later.
-                again = min(REPAIR_EVERY_MS, FIRST_REPAIR_MS * 2 ** min(left_open, 10))
-                left_open += 1
-            else:
-                left_open = 0
-            self._backfilled = True
-            await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
-            await self._clock.sleep_until(self._clock.now_ms() + again)
+            if report is not None and report.error is None:
+                self._backfilled = True
+                if not self._served.is_set():
+                    await self._check_listed()
+                elif any(gap.range.start < self._live_edge(closed_end) for gap in report.open):
+                    # The exchange answers and proves nothing of them: it may, a little later.
+                    again = min(REPAIR_EVERY_MS, FIRST_REPAIR_MS * 2 ** min(left_open, 10))
+                    left_open += 1
+                else:
+                    left_open = 0
+            await self._clock.sleep_real(
+                SHORTEST_REAL_PAUSE_S if self._served.is_set() else REFUSED_PAUSE_S
+            )
+            await first_of(
+                self._clock.sleep_until(self._clock.now_ms() + again), self._reconnected.wait()
+            )
             await self._check_what_is_stored()
 
     async def _look_again(self) -> None:
         """Take the second looks that are owed: exchanges publish late and correct themselves."""
         while True:
+            await self._served.wait()
             due = self.view.looks_due()
             if due is not None:
                 report = await self._settle(due, Priority.BACKFILL)
@@ -206,6 +238,8 @@ class SeriesKeeper:
         while True:
             close = interval.floor(self._clock.now_ms()) + self._step
             await self._clock.sleep_until(close)
+            if not self._served.is_set():
+                continue
             book = self._feed.book(self.target.market)
             if (book is None or abs(book.timestamp - close) > BOOK_TOLERANCE_MS) and (
                 self._reconciler.retry_in(self.series.exchange) == 0
@@ -249,6 +283,8 @@ class SeriesKeeper:
         if period > self._newest_update:
             self._newest_update = period
             self._wake.set()
+            if not self._served.is_set():
+                self._reconnected.set()  # it trades again: the repair sees to it
 
     async def _settle(self, wanted: TimeRange, priority: Priority) -> SettleReport | None:
         """Settle a range; None when storage, or the worker, refused."""
@@ -262,9 +298,57 @@ class SeriesKeeper:
             self._failing = True
             return None
         self._failing = report.error is not None
-        self._delisted = isinstance(report.error, ExchangeRefused)
         self._settled_once = self._settled_once or report.error is None
+        if isinstance(report.error, ExchangeRefused):
+            await self._check_listed(refused=report.error)
         return report
+
+    async def _check_listed(self, *, refused: ExchangeRefused | None = None) -> None:
+        """Know whether the exchange still serves the market; ``refused`` is why it may not.
+
+        An exchange that cannot be asked leaves what is known as it is.
+        """
+        try:
+            market = await self._client.check_coin_availability(
+                self.target.market, priority=Priority.BACKFILL
+            )
+        except ExchangeError as exc:
+            log.debug("listing_unknown", series=str(self.series), error=exc.message)
+            return
+        delisted = market is None
+        served = not delisted and refused is None
+        if delisted and not self._delisted:
+            log.warning("market_delisted", series=str(self.series), market=self.target.market)
+        elif not delisted and refused is not None and self._served.is_set():
+            log.warning("market_refused", series=str(self.series), error=refused.message)
+        elif served and not self._served.is_set():
+            log.info("market_served_again", series=str(self.series), market=self.target.market)
+        self._delisted = delisted
+        if served:
+            self._served.set()
+        else:
+            self._served.clear()
+
+    async def _stream_refused(self, error: ExchangeRefused) -> None:
+        """Return when it is worth subscribing again: when a delisted market is served again, an
+        hour later where the stream alone is refused."""
+        await self._check_listed()
+        if not self._served.is_set():
+            await self._served.wait()
+            return
+        log.warning("stream_refused", series=str(self.series), error=error.message)
+        await self._clock.sleep_real(REFUSED_PAUSE_S)
+        await self._clock.sleep_until(self._clock.now_ms() + REPAIR_EVERY_MS)
+
+    def _restart_if_silent(self, period: int) -> None:
+        """Subscribe anew when a period has a candle of which the stream has said nothing."""
+        market, interval = self.target.market, self.target.interval
+        since = self._feed.heard_since(market, interval)
+        if since is None or since > period or self._newest_update >= period:
+            return
+        if self.view.stored_ranges(TimeRange(period, period + self._step)):
+            log.warning("stream_silent", series=str(self.series), since=since)
+            self._feed.restart_candles(market, interval)
 
     async def _check_what_is_stored(self) -> None:
         try:
@@ -274,13 +358,7 @@ class SeriesKeeper:
 
     async def _wait(self, until: int) -> None:
         """Wait for a moment of market time, or to be woken."""
-        clock = asyncio.ensure_future(self._clock.sleep_until(until))
-        woken = asyncio.ensure_future(self._wake.wait())
-        try:
-            await asyncio.wait({clock, woken}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            clock.cancel()
-            woken.cancel()
+        await first_of(self._clock.sleep_until(until), self._wake.wait())
 
     async def _open_where_it_was_left(self) -> None:
         """Tell from the oldest open period of the last hour on, else from the newest settled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Final
@@ -37,6 +38,7 @@ from domain.series import Series
 from domain.time_range import TimeRange
 from errors import CoinNotAvailable, DataServiceError, InvalidRequest
 from exchange_source.interfaces import (
+    ExchangeError,
     ExchangeUnavailable,
     IDataSourceConnector,
     Priority,
@@ -60,6 +62,15 @@ log = structlog.get_logger(__name__)
 class _Kept:
     keeper: SeriesKeeper
     task: asyncio.Task[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """The exchange that serves a coin, its market, and who could not be asked before it."""
+
+    exchange: str
+    market: str
+    unreachable: tuple[str, ...]
 
 
 class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
@@ -159,14 +170,15 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             now = self._clock.now_ms()
             if since is not None and since > now:
                 raise InvalidRequest(f"since {since} lies in the future; the time is {now} now")
-            name, market = await self._select(coin, exchange)
-            self._check_offered(name, interval)
+            selected = await self._select(coin, exchange)
+            self._check_offered(selected.exchange, interval)
+            client = self._connector.get_client(selected.exchange)
             target = await self._collection.add(
                 Target(
                     coin=coin,
-                    exchange=name,
-                    exchange_id=self._connector.get_client(name).get_exchange_id(),
-                    market=market,
+                    exchange=selected.exchange,
+                    exchange_id=client.get_exchange_id(),
+                    market=selected.market,
                     interval=interval,
                     enabled=True,
                     since=wanted.floor(now - self._backfill_ms if since is None else since),
@@ -176,8 +188,10 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             )
             keeper = self._keep(target)
             keeper.open_from_now()
-            log.info("target_added", target=target.target_id, market=market, since=target.since)
-            return AddCoinResult("added", keeper.status())
+            log.info(
+                "target_added", target=target.target_id, market=target.market, since=target.since
+            )
+            return AddCoinResult("added", keeper.status(), selected.unreachable)
 
     async def remove_coin(
         self, coin: str, *, exchange: str | None = None, interval: str | None = None
@@ -212,20 +226,19 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         coin = self._coin(coin)
         exchange = self._exchange(exchange)
         await self._catch_up()
-        names = (exchange,) if exchange is not None else self._order(coin)
-        markets, unreachable, error = [], [], None
-        for name in names:
-            try:
-                market = await self._connector.check_coin_availability(name, coin)
-            except ExchangeUnavailable as exc:
-                unreachable.append(name)
-                error = exc
+        markets: list[MarketAvailability] = []
+        unreachable: dict[str, ExchangeError] = {}
+        asked = 0
+        async for name, answer in self._find_markets(coin, exchange):
+            if isinstance(answer, ExchangeError):
+                unreachable[name] = answer
                 continue
-            if market is not None:
+            asked += 1
+            if answer is not None:
                 collecting = bool(self._collection.find(coin, exchange=name))
-                markets.append(MarketAvailability(name, market, collecting))
-        if error is not None and len(unreachable) == len(names):
-            raise error
+                markets.append(MarketAvailability(name, answer, collecting))
+        if unreachable and not asked:
+            raise _none_could_be_asked(unreachable)
         return Availability(coin, tuple(markets), tuple(unreachable))
 
     async def list_targets(self) -> list[TargetStatus]:
@@ -348,9 +361,9 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             newest = await self._storage.get_latest_entry(name, coin, interval=interval)
             if newest is not None:
                 return ResolvedSeries(newest.series, newest.market)
-        name, market = await self._select(coin, exchange)
-        self._check_offered(name, interval)
-        return ResolvedSeries(Series(name, coin, wanted), market)
+        selected = await self._select(coin, exchange)
+        self._check_offered(selected.exchange, interval)
+        return ResolvedSeries(Series(selected.exchange, coin, wanted), selected.market)
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -373,9 +386,10 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             )
 
     def _order(self, coin: str) -> tuple[str, ...]:
-        """The exchanges to ask for a coin, most preferred first."""
-        names = self._preferences.get(coin, self._connector.exchange_names)
-        return tuple(name for name in names if name in self._connector.exchange_names)
+        """The exchanges to ask for a coin: those that are preferred for it, then the others."""
+        enabled = self._connector.exchange_names
+        preferred = [name for name in self._preferences.get(coin, ()) if name in enabled]
+        return tuple(dict.fromkeys([*preferred, *enabled]))
 
     def _preferred(self, targets: Iterable[Target]) -> list[Target]:
         def rank(target: Target) -> int:
@@ -384,27 +398,36 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
 
         return sorted(targets, key=rank)
 
-    async def _select(self, coin: str, exchange: str | None) -> tuple[str, str]:
-        """The exchange that serves a coin, and its market: the first that lists it."""
-        names = (exchange,) if exchange is not None else self._order(coin)
-        asked, unreachable = [], []
-        error: ExchangeUnavailable | None = None
-        for name in names:
-            try:
-                market = await self._connector.check_coin_availability(name, coin)
-            except ExchangeUnavailable as exc:
-                unreachable.append(name)
-                error = exc
-                continue
-            if market is not None:
-                return name, market
-            asked.append(name)
-        if error is not None and not asked:
-            raise error
+    async def _select(self, coin: str, exchange: str | None) -> _Selected:
+        """The exchange that serves a coin: the first in order that lists it, of those that can be
+        asked."""
+        found = self._find_markets(coin, exchange)
+        asked: list[str] = []
+        unreachable: dict[str, ExchangeError] = {}
+        async with aclosing(found):
+            async for name, answer in found:
+                if isinstance(answer, ExchangeError):
+                    unreachable[name] = answer
+                elif answer is not None:
+                    return _Selected(name, answer, tuple(unreachable))
+                else:
+                    asked.append(name)
+        if unreachable and not asked:
+            raise _none_could_be_asked(unreachable)
         message = f"no active spot market of {coin} on {', '.join(asked) or 'any exchange'}"
         if unreachable:
             message += f"; {', '.join(unreachable)} could not be asked"
         raise CoinNotAvailable(message)
+
+    async def _find_markets(
+        self, coin: str, exchange: str | None
+    ) -> AsyncGenerator[tuple[str, str | ExchangeError | None], None]:
+        """What each exchange says of a coin, in order: its market, None, or why it said nothing."""
+        for name in (exchange,) if exchange is not None else self._order(coin):
+            try:
+                yield name, await self._connector.check_coin_availability(name, coin)
+            except ExchangeError as exc:
+                yield name, exc
 
     def _refuse_standing_by(self) -> None:
         if self._standing_by:
@@ -524,3 +547,16 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
 
     def _on_feed_state(self, exchange: str, state: FeedState) -> None:
         self._hub.publish_status(StatusTold("feed", state, self._clock.now_ms(), exchange))
+        if state == "connected":
+            for kept in self._kept.values():
+                if kept.keeper.series.exchange == exchange:
+                    kept.keeper.note_reconnect()
+
+
+def _none_could_be_asked(errors: Mapping[str, ExchangeError]) -> ExchangeUnavailable:
+    """One error for all the exchanges that gave no answer."""
+    delays = [error.retry_after for error in errors.values() if error.retry_after is not None]
+    return ExchangeUnavailable(
+        "; ".join(error.message for error in errors.values()),
+        retry_after=min(delays, default=None),
+    )
