@@ -76,7 +76,8 @@ class SeriesKeeper:
         self.view = reconciler.view(self.series, target.market)
         self.opened = asyncio.Event()
         """Set once subscribers can be told."""
-        self.removing = False
+        self.removed_by: str | None = None
+        """Who asked for its removal, which waits for its last subscriber; or None."""
         self._client = client
         self._reconciler = reconciler
         self._processor = processor
@@ -96,6 +97,11 @@ class SeriesKeeper:
         self._served = asyncio.Event()
         self._served.set()
         self._reconnected = asyncio.Event()
+
+    @property
+    def removing(self) -> bool:
+        """Whether it goes when its last subscriber leaves."""
+        return self.removed_by is not None
 
     def status(self) -> TargetStatus:
         """How the target does."""

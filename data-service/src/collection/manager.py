@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import aclosing
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Final
@@ -47,7 +46,7 @@ from historical.interfaces import ISeriesDirectory, ResolvedSeries
 from reconciliation.interfaces import IReconciler
 from storage.interfaces import IStorageManager, NotTheCollector, StorageUnavailable
 from storage.path_utility import StoragePathUtility
-from target_management.interfaces import Target
+from target_management.interfaces import SERVICE, Target
 
 DAY_MS: Final = 86_400_000
 REPLAY_PERIODS: Final = 500
@@ -153,6 +152,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         exchange: str | None = None,
         interval: str = "5m",
         since: int | None = None,
+        by: str = SERVICE,
     ) -> AddCoinResult:
         coin = self._coin(coin)
         wanted = Interval.parse(interval)
@@ -164,8 +164,8 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                     kept = self._kept.get(target.series)
                     if kept is not None:
                         if kept.keeper.removing:
-                            await self._collection.set_enabled(target, enabled=True)
-                            kept.keeper.removing = False
+                            await self._collection.set_enabled(target, enabled=True, by=by)
+                            kept.keeper.removed_by = None
                         return AddCoinResult("already_collecting", kept.keeper.status())
             now = self._clock.now_ms()
             if since is not None and since > now:
@@ -184,7 +184,8 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                     since=wanted.floor(now - self._backfill_ms if since is None else since),
                     created_at=now,
                     last_updated=now,
-                )
+                ),
+                by=by,
             )
             keeper = self._keep(target)
             keeper.open_from_now()
@@ -194,7 +195,12 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             return AddCoinResult("added", keeper.status(), selected.unreachable)
 
     async def remove_coin(
-        self, coin: str, *, exchange: str | None = None, interval: str | None = None
+        self,
+        coin: str,
+        *,
+        exchange: str | None = None,
+        interval: str | None = None,
+        by: str = SERVICE,
     ) -> TargetStatus:
         coin = self._coin(coin)
         exchange = self._exchange(exchange)
@@ -211,33 +217,32 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                 )
             kept = self._kept.get(found[0].series)
             if kept is None:
-                await self._collection.remove(found[0])
+                await self._collection.remove(found[0], by=by)
                 return self._status(found[0])
-            kept.keeper.removing = True
+            kept.keeper.removed_by = by
             status = kept.keeper.status()
             if self._hub.subscriber_count(kept.keeper.series) == 0:
                 await self._drop(kept.keeper)
             else:
                 # What was answered holds, also when this process does not live to the end of it.
-                await self._collection.set_enabled(found[0], enabled=False)
+                await self._collection.set_enabled(found[0], enabled=False, by=by)
             return status
 
     async def check_availability(self, coin: str, *, exchange: str | None = None) -> Availability:
         coin = self._coin(coin)
         exchange = self._exchange(exchange)
         await self._catch_up()
-        markets: list[MarketAvailability] = []
+        names = (exchange,) if exchange is not None else self._order(coin)
+        answers = await asyncio.gather(*(self._market_on(name, coin) for name in names))
         unreachable: dict[str, ExchangeError] = {}
-        asked = 0
-        async for name, answer in self._find_markets(coin, exchange):
+        markets: list[MarketAvailability] = []
+        for name, answer in zip(names, answers, strict=True):
             if isinstance(answer, ExchangeError):
                 unreachable[name] = answer
-                continue
-            asked += 1
-            if answer is not None:
+            elif answer is not None:
                 collecting = bool(self._collection.find(coin, exchange=name))
                 markets.append(MarketAvailability(name, answer, collecting))
-        if unreachable and not asked:
+        if len(unreachable) == len(names):
             raise _none_could_be_asked(unreachable)
         return Availability(coin, tuple(markets), tuple(unreachable))
 
@@ -401,17 +406,16 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
     async def _select(self, coin: str, exchange: str | None) -> _Selected:
         """The exchange that serves a coin: the first in order that lists it, of those that can be
         asked."""
-        found = self._find_markets(coin, exchange)
         asked: list[str] = []
         unreachable: dict[str, ExchangeError] = {}
-        async with aclosing(found):
-            async for name, answer in found:
-                if isinstance(answer, ExchangeError):
-                    unreachable[name] = answer
-                elif answer is not None:
-                    return _Selected(name, answer, tuple(unreachable))
-                else:
-                    asked.append(name)
+        for name in (exchange,) if exchange is not None else self._order(coin):
+            answer = await self._market_on(name, coin)
+            if isinstance(answer, ExchangeError):
+                unreachable[name] = answer
+            elif answer is not None:
+                return _Selected(name, answer, tuple(unreachable))
+            else:
+                asked.append(name)
         if unreachable and not asked:
             raise _none_could_be_asked(unreachable)
         message = f"no active spot market of {coin} on {', '.join(asked) or 'any exchange'}"
@@ -419,15 +423,12 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             message += f"; {', '.join(unreachable)} could not be asked"
         raise CoinNotAvailable(message)
 
-    async def _find_markets(
-        self, coin: str, exchange: str | None
-    ) -> AsyncGenerator[tuple[str, str | ExchangeError | None], None]:
-        """What each exchange says of a coin, in order: its market, None, or why it said nothing."""
-        for name in (exchange,) if exchange is not None else self._order(coin):
-            try:
-                yield name, await self._connector.check_coin_availability(name, coin)
-            except ExchangeError as exc:
-                yield name, exc
+    async def _market_on(self, name: str, coin: str) -> str | ExchangeError | None:
+        """The market that an exchange lists for a coin, None, or why it could not be asked."""
+        try:
+            return await self._connector.check_coin_availability(name, coin)
+        except ExchangeError as exc:
+            return exc
 
     def _refuse_standing_by(self) -> None:
         if self._standing_by:
@@ -524,9 +525,9 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         # First of all nobody can subscribe any more: whoever did would wait for ever.
         await self._stop([keeper.series])
         try:
-            await self._collection.remove(keeper.target)
+            await self._collection.remove(keeper.target, by=keeper.removed_by or SERVICE)
         except DataServiceError:
-            self._keep(keeper.target).removing = keeper.removing
+            self._keep(keeper.target).removed_by = keeper.removed_by
             raise
         log.info("target_removed", target=keeper.target.target_id)
 
