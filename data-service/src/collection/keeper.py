@@ -49,9 +49,8 @@ SHORTEST_REAL_PAUSE_S: Final = 0.05
 LOOK_RHYTHM_MS: Final = 30_000
 FIRST_RETRY_S: Final = 1.0
 LONGEST_RETRY_S: Final = 60.0
-# What the exchange refuses is not asked for again sooner than this (real time), nor before the
-# next repair.
-REFUSED_PAUSE_S: Final = 30.0
+# What the exchange refuses is not asked for again sooner than this (real time).
+REFUSED_PAUSE_S: Final = 5.0
 
 log = structlog.get_logger(__name__)
 
@@ -96,7 +95,7 @@ class SeriesKeeper:
         # Cleared while the market is delisted or refused: then only the repair asks, hour by hour.
         self._served = asyncio.Event()
         self._served.set()
-        self._reconnected = asyncio.Event()
+        self._repair_now = asyncio.Event()
 
     @property
     def removing(self) -> bool:
@@ -122,7 +121,7 @@ class SeriesKeeper:
     def note_reconnect(self) -> None:
         """The feed is back: look at what it may have missed, and at everything wanted."""
         self._wake.set()
-        self._reconnected.set()
+        self._repair_now.set()
 
     async def run(self) -> None:
         """Keep the series until cancelled."""
@@ -189,7 +188,7 @@ class SeriesKeeper:
         each loss of the feed, and as soon as a market is served again."""
         failures = left_open = 0
         while True:
-            self._reconnected.clear()
+            self._repair_now.clear()
             closed_end = self.series.interval.floor(self._clock.now_ms())
             report = await self._settle(TimeRange(self.target.since, closed_end), Priority.BACKFILL)
             if self._served.is_set() and (report is None or report.error is not None):
@@ -203,23 +202,21 @@ class SeriesKeeper:
                 )
                 continue
             failures = 0
-            again = REPAIR_EVERY_MS
             if report is not None and report.error is None:
                 self._backfilled = True
                 if not self._served.is_set():
                     await self._check_listed()
-                elif any(gap.range.start < self._live_edge(closed_end) for gap in report.open):
-                    # The exchange answers and proves nothing of them: it may, a little later.
-                    again = min(REPAIR_EVERY_MS, FIRST_REPAIR_MS * 2 ** min(left_open, 10))
-                    left_open += 1
-                else:
-                    left_open = 0
-            await self._clock.sleep_real(
-                SHORTEST_REAL_PAUSE_S if self._served.is_set() else REFUSED_PAUSE_S
+            # What the exchange refuses, or answers without a proof, it may give a little later.
+            soon = not self._delisted and (
+                report is None
+                or report.error is not None
+                or any(gap.range.start < self._live_edge(closed_end) for gap in report.open)
             )
-            await first_of(
-                self._clock.sleep_until(self._clock.now_ms() + again), self._reconnected.wait()
-            )
+            again = REPAIR_EVERY_MS
+            if soon:
+                again = min(again, FIRST_REPAIR_MS * 2 ** min(left_open, 10))
+            left_open = left_open + 1 if soon else 0
+            await first_of(self._pause(again), self._repair_now.wait())
             await self._check_what_is_stored()
 
     async def _look_again(self) -> None:
@@ -290,7 +287,7 @@ class SeriesKeeper:
             self._newest_update = period
             self._wake.set()
             if not self._served.is_set():
-                self._reconnected.set()  # it trades again: the repair sees to it
+                self._repair_now.set()  # it trades again: the repair sees to it
 
     async def _settle(self, wanted: TimeRange, priority: Priority) -> SettleReport | None:
         """Settle a range; None when storage, or the worker, refused."""
@@ -332,8 +329,9 @@ class SeriesKeeper:
         self._delisted = delisted
         if served:
             self._served.set()
-        else:
+        elif self._served.is_set():
             self._served.clear()
+            self._repair_now.set()  # from now on the repair alone asks
 
     async def _stream_refused(self, error: ExchangeRefused) -> None:
         """Return when it is worth subscribing again: when a delisted market is served again, an
@@ -355,6 +353,13 @@ class SeriesKeeper:
         if self.view.stored_ranges(TimeRange(period, period + self._step)):
             log.warning("stream_silent", series=str(self.series), since=since)
             self._feed.restart_candles(market, interval)
+
+    async def _pause(self, market_ms: int) -> None:
+        """The pause of the repair: by the market's clock, but not in quick succession."""
+        await self._clock.sleep_real(
+            SHORTEST_REAL_PAUSE_S if self._served.is_set() else REFUSED_PAUSE_S
+        )
+        await self._clock.sleep_until(self._clock.now_ms() + market_ms)
 
     async def _check_what_is_stored(self) -> None:
         try:

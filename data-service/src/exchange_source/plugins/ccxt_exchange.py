@@ -47,6 +47,8 @@ from exchange_source.proof import PageProof
 # it holds and for one that it does not.
 _MARKETS_MAX_AGE_S: Final = 3600.0
 _UNKNOWN_COIN_MAX_AGE_S: Final = 60.0
+# The same once the exchange has refused a market that its list holds.
+_DOUBTED_MAX_AGE_S: Final = 5.0
 # Real seconds of silence after a refusal for asking too much that names no delay.
 _DEFAULT_PENALTY_S: Final = 2.0
 _LONGEST_PENALTY_S: Final = 3600.0
@@ -273,7 +275,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
             self._check_open()
 
     def doubt_markets(self) -> None:
-        """Ask for the list of markets again when it is needed next, at most once a minute."""
+        """Ask for the list of markets again when it is needed next."""
         self._doubted = True
 
     def candle_query(self, window: TimeRange) -> tuple[int | None, int, dict[str, Any]]:
@@ -366,7 +368,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
             # takes everybody else who waits for the same load along.
             if self._loaded_at is not None:
                 age = self._clock.monotonic() - self._loaded_at
-                if age < (_UNKNOWN_COIN_MAX_AGE_S if self._doubted else max_age_s):
+                if age < (_DOUBTED_MAX_AGE_S if self._doubted else max_age_s):
                     return
             try:
                 markets, _ = await self._request(priority, self.vendor.fetch_markets)

@@ -108,7 +108,7 @@ async def test_a_market_that_is_listed_and_not_traded_is_delisted_too() -> None:
         assert (await status_of(world)).state is TargetState.LIVE
 
 
-async def test_what_the_exchange_refuses_of_a_listed_market_is_degraded_and_asked_hourly() -> None:
+async def test_what_is_refused_of_a_listed_market_is_asked_for_ever_more_rarely() -> None:
     world = Collecting()
     async with world.running():
         await world.manager.add_coin("BTC")
@@ -118,7 +118,7 @@ async def test_what_the_exchange_refuses_of_a_listed_market_is_degraded_and_aske
         assert (await status_of(world)).state is TargetState.DEGRADED
         before = asked_of(world)
         await world.pass_time(6 * HOUR)
-        assert asked_of(world) - before <= 6
+        assert asked_of(world) - before <= 9
         world.exchange.refuse_history = False
         await world.pass_time(HOUR)
         await trade(world, MINUTE)
