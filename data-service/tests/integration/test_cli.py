@@ -48,6 +48,13 @@ async def test_what_is_wrong_is_one_line(
     assert complaint in errors[0]
 
 
+@pytest.mark.parametrize("days", ["0", "-1", "many", "nan", "40000"])
+async def test_days_that_are_none_are_refused(tmp_path: Path, days: str) -> None:
+    code, lines, errors = await run("verify", f"--days={days}", folder=tmp_path)
+    assert (code, lines) == (2, [])
+    assert "takes a number of days above 0 and up to 36500" in errors[-1]
+
+
 async def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

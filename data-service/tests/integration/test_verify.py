@@ -14,7 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from azure.storage.blob import ContainerClient
 
+from tests.support.azurite import Azurite
 from tests.support.processes import Stack, clean_environment, market_clock, run, stack, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -30,10 +32,10 @@ COUNTS = re.compile(
 
 
 @asynccontextmanager
-async def collected(folder: Path, *coins: str) -> AsyncIterator[Stack]:
+async def collected(folder: Path, *coins: str, **settings: str) -> AsyncIterator[Stack]:
     """A service that has collected an hour of some coins, and runs on."""
     clock = market_clock(START, 1)
-    async with stack(folder, clock, BACKFILL_DAYS="0.0417") as running:
+    async with stack(folder, clock, BACKFILL_DAYS="0.0417", **settings) as running:
         async with running.http(await running.token()) as client:
             for coin in coins:
                 (await client.post("/api/v1/coins", json={"coin": coin})).raise_for_status()
@@ -61,6 +63,11 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
     return sorted(
         (str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")
     )
+
+
+def etags(client: ContainerClient) -> dict[str, str]:
+    """Every blob of a container, and which version of it lies there."""
+    return {blob.name: blob.etag for blob in client.list_blobs()}
 
 
 def paths(running: Stack, coin: str = "BTC") -> list[Path]:
@@ -175,6 +182,45 @@ async def test_what_cannot_be_checked_is_told_with_its_reason(tmp_path: Path) ->
         assert (code, lines, len(errors)) == (2, [], 1)
         assert "elsewhere: there is no table of targets" in errors[0]
         assert listing(tmp_path) == before
+
+
+async def test_documents_on_azure_are_compared_where_they_lie_and_in_the_spool(
+    tmp_path: Path, azurite: Azurite, container: str
+) -> None:
+    async with collected(
+        tmp_path,
+        "BTC",
+        STORAGE_TYPE="azure",
+        STORAGE_ROOT=container,
+        AZURE_STORAGE_CONNECTION_STRING=azurite.connection_string,
+        TARGET_STORAGE_TYPE="local",
+    ) as running:
+        code, lines, errors = await verify(running)
+        assert (code, len(lines), errors) == (0, 2, [])
+        assert counts(lines[0])["checked"] == "12"
+        await running.kill_service()
+
+        client = ContainerClient.from_connection_string(azurite.connection_string, container)
+        with client:
+            documents = sorted(client.list_blob_names(name_starts_with="raw_data/"))
+            (spool,) = (running.storage_root / "spool").iterdir()
+            waiting = spool / documents[4]
+            waiting.parent.mkdir(parents=True)
+            waiting.write_bytes(client.download_blob(documents[4]).readall())
+            client.delete_blob(documents[4])
+            client.delete_blob(documents[7])
+            blobs, files = etags(client), listing(tmp_path)
+
+            code, lines, errors = await verify(running)
+            assert (code, len(lines), errors) == (1, 3, [])
+            assert (counts(lines[0])["checked"], counts(lines[0])["missing"]) == ("12", "1")
+            assert (etags(client), listing(tmp_path)) == (blobs, files)
+
+        running.settings["STORAGE_ROOT"] = f"{container}-missing"
+        code, lines, errors = await verify(running)
+        assert (code, lines, len(errors)) == (2, [], 1)
+        assert f"{container}-missing: there is no such storage root" in errors[0]
+        assert listing(tmp_path) == files
 
 
 async def test_it_can_be_interrupted_without_a_traceback(tmp_path: Path) -> None:
