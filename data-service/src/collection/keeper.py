@@ -33,6 +33,11 @@ from target_management.interfaces import Target
 
 # How far back the settling of live periods looks (market ms); what is older is repair.
 LIVE_REACH_MS: Final = 3_600_000
+# What is settled at a close takes along the second looks that are due by then: the last one is an
+# hour after a period's end.
+LOOK_REACH_MS: Final = 3_600_000
+# A look waits so long (market ms) for the settling of a close to take it along.
+LOOK_PATIENCE_MS: Final = 15_000
 REPAIR_EVERY_MS: Final = 3_600_000
 # What a repair leaves open though the exchange answers is asked for again after this (market ms),
 # doubling.
@@ -49,6 +54,7 @@ SHORTEST_REAL_PAUSE_S: Final = 0.05
 LOOK_RHYTHM_MS: Final = 30_000
 FIRST_RETRY_S: Final = 1.0
 LONGEST_RETRY_S: Final = 60.0
+PROBE_SPREAD_S: Final = 5.0
 # What the exchange refuses is not asked for again sooner than this (real time).
 REFUSED_PAUSE_S: Final = 5.0
 
@@ -159,7 +165,8 @@ class SeriesKeeper:
             self._wake.clear()
             closed_end = interval.floor(self._clock.now_ms())
             # After an outage everything that it swallowed is live again.
-            start = min(self._live_edge(closed_end), self._settled_until or closed_end)
+            settled_until = min(closed_end, self._settled_until or closed_end)
+            start = settled_until - LOOK_REACH_MS - 2 * self._step
             report = await self._settle(
                 TimeRange(max(self.target.since, start), closed_end), Priority.LIVE
             )
@@ -171,13 +178,12 @@ class SeriesKeeper:
                 self._restart_if_silent(closed_end - self._step)
                 await self._wait(next_look)
                 continue
-            pause = SHORTEST_REAL_PAUSE_S
-            if report is None or report.error is not None:
-                pause = max(pause, self._reconciler.retry_in(self.series.exchange))
-            elif poll == LONGEST_POLL_MS:
+            await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
+            if await self._waited_out():
+                continue
+            if poll == LONGEST_POLL_MS and report is not None and report.error is None:
                 # It answers, and has told nothing newer for minutes.
                 await self._check_listed()
-            await self._clock.sleep_real(pause)
             # Not back to the first pause at the next close: a market without trades stays open for
             # hours, and its first update wakes this anyway.
             await self._wait(min(self._clock.now_ms() + poll, next_look))
@@ -192,14 +198,10 @@ class SeriesKeeper:
             closed_end = self.series.interval.floor(self._clock.now_ms())
             report = await self._settle(TimeRange(self.target.since, closed_end), Priority.BACKFILL)
             if self._served.is_set() and (report is None or report.error is not None):
-                pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures, 10))
-                failures += 1
-                await self._clock.sleep_real(
-                    max(
-                        pause * self._rng.uniform(0.75, 1.25),
-                        self._reconciler.retry_in(self.series.exchange),
-                    )
-                )
+                if not await self._waited_out():
+                    pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures, 10))
+                    failures += 1
+                    await self._clock.sleep_real(pause * self._rng.uniform(0.75, 1.25))
                 continue
             failures = 0
             if report is not None and report.error is None:
@@ -227,13 +229,13 @@ class SeriesKeeper:
             if due is not None:
                 report = await self._settle(due, Priority.BACKFILL)
                 if report is None or report.error is not None:
-                    await self._clock.sleep_real(
-                        max(FIRST_RETRY_S, self._reconciler.retry_in(self.series.exchange))
-                    )
+                    if not await self._waited_out():
+                        await self._clock.sleep_real(FIRST_RETRY_S)
                     continue
             await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
             soon = self._clock.now_ms() + LOOK_RHYTHM_MS
-            await self._clock.sleep_until(min(soon, self.view.next_look_at() or soon))
+            next_look = self.view.next_look_at() or soon
+            await self._clock.sleep_until(min(soon, next_look + LOOK_PATIENCE_MS))
 
     async def _capture_books(self) -> None:
         """At each period's end, by the clock, copy the live book's top; else ask REST for it."""
@@ -244,12 +246,10 @@ class SeriesKeeper:
             if not self._served.is_set():
                 continue
             book = self._feed.book(self.target.market)
-            if (book is None or abs(book.timestamp - close) > BOOK_TOLERANCE_MS) and (
-                self._reconciler.retry_in(self.series.exchange) == 0
-            ):
+            if book is None or abs(book.timestamp - close) > BOOK_TOLERANCE_MS:
                 try:
-                    book = await self._client.fetch_order_book(
-                        self.target.market, priority=Priority.LIVE
+                    book = await self._reconciler.order_book(
+                        self.series.exchange, self.target.market
                     )
                 except ExchangeError as exc:
                     log.debug("no_order_book", series=str(self.series), error=exc.message)
@@ -353,6 +353,20 @@ class SeriesKeeper:
         if self.view.stored_ranges(TimeRange(period, period + self._step)):
             log.warning("stream_silent", series=str(self.series), since=since)
             self._feed.restart_candles(market, interval)
+
+    async def _waited_out(self) -> bool:
+        """Wait for the end of an outage of the exchange, or for a turn to probe it; False at once
+        when none is known."""
+        exchange = self.series.exchange
+        retry_in = self._reconciler.retry_in(exchange)
+        if retry_in == 0:
+            return False
+        await first_of(
+            # Spread, so that of many who wait one probes, and its answer lets the others go.
+            self._clock.sleep_real(retry_in + self._rng.uniform(0.0, PROBE_SPREAD_S)),
+            self._reconciler.until_answering(exchange),
+        )
+        return True
 
     async def _pause(self, market_ms: int) -> None:
         """The pause of the repair: by the market's clock, but not in quick succession."""
