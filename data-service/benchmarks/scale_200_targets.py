@@ -352,8 +352,8 @@ async def during(limited: World, clock: MarketClock, bars: Bars) -> None:
     probes = sum(item["requests"] for item in later)
     bars.show(
         f"outage of {OUTAGE_MS // MINUTE} market minutes: {lost.rest} requests {lost.paths} and "
-        f"{lost.sockets} connection attempts; after its first second {probes / seconds:.2f} a second, at most "
-        f"{most} in one; bar 1 of each at a time",
+        f"{lost.sockets} connection attempts; after its first second {probes / seconds:.2f} a "
+        f"second, at most {most} in one; bar 1 of each at a time",
         met=most <= 2,
     )
     bars.show(f"  the service computed {mine:.1f} s of {seconds} s")
@@ -384,8 +384,8 @@ async def after(limited: World, clock: MarketClock, bars: Bars, resumed: int) ->
     )
     bars.show(
         f"  settled again within {took:.1f} s (the minute at least), {whole.rest} requests "
-        f"{whole.paths} by then, at most {whole.most_a_market} of a target; the service computed {mine:.1f} s, the "
-        f"sandbox {theirs:.1f} s"
+        f"{whole.paths} by then, at most {whole.most_a_market} of a target; the service computed "
+        f"{mine:.1f} s, the sandbox {theirs:.1f} s"
     )
     most, refused = (
         busiest(stats, range(resumed, real_second() + 1)),
