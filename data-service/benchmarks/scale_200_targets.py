@@ -10,8 +10,10 @@ outage costs the exchange. Real processes, a recorded market of 200 coins.
 3. Outage: nothing can be connected to for 10 market minutes; what reaches the exchange in a real
    second of it, what a target costs in the market minute after it, and until all is settled.
 
-At real speed, which is the honest figure, it takes a quarter of an hour; ``--speed 5`` takes three
-minutes. Exit code 1 when a bar is missed.
+At real speed, which is the honest figure, it takes a quarter of an hour. ``--speed 5`` takes four
+minutes, but back-off goes by real time: the market minute after the outage is over then before the
+exchange is probed for the first time. The outage ends ``--ends`` seconds into a period; with 270
+there is a close in the minute after it. Exit code 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ SINCE = NOON - 3 * HOUR
 RECORDED_FROM, RECORDED_TO = NOON - 24 * HOUR, NOON + 24 * HOUR
 AWAY_MS = 12 * MINUTE
 OUTAGE_MS = 10 * MINUTE
-# Where in its period a phase begins (market ms).
+# Where in its period the first process begins to collect (market ms).
 INTO_PERIOD_MS = 30_000
 DELAY_MS = 10
 RATE = 100
@@ -307,8 +309,8 @@ async def resume(folder: Path, speed: float, bars: Bars) -> int:
         return clock.now_ms()
 
 
-async def outage(folder: Path, now: int, speed: float, bars: Bars) -> None:
-    """Resume under a rate limit, lose the exchange, and find it again."""
+async def outage(folder: Path, now: int, speed: float, ends_ms: int, bars: Bars) -> None:
+    """Resume under a rate limit, lose the exchange, and find it again ``ends_ms`` into a period."""
     now = now // FIVE * FIVE + 2 * FIVE + INTO_PERIOD_MS
     clock = market_clock(now, speed)
     async with world(folder, clock, "--rate-limit", str(RATE)) as limited:
@@ -322,9 +324,9 @@ async def outage(folder: Path, now: int, speed: float, bars: Bars) -> None:
             f"{refused} x 429",
             met=most <= RATE and not refused,
         )
-        # Looks that are owed of what was just fetched are no part of the outage.
-        await clock.sleep_until(now + MINUTE)
-
+        # It begins where it ends: it is two periods long.
+        now = clock.now_ms()
+        await clock.sleep_until(now + (ends_ms - now) % FIVE)
         await during(limited, clock, bars)
         await after(limited, clock, bars, resumed)
         code, lines, _ = await run(
@@ -349,9 +351,9 @@ async def during(limited: World, clock: MarketClock, bars: Bars) -> None:
     most = max((item["requests"] for item in later), default=0)
     probes = sum(item["requests"] for item in later)
     bars.show(
-        f"outage of {OUTAGE_MS // MINUTE} market minutes: {lost.rest} requests and {lost.sockets} "
-        f"connection attempts; after its first second {probes / seconds:.2f} a second, at most "
-        f"{most} in one; bar 1 of each at a time",
+        f"outage of {OUTAGE_MS // MINUTE} market minutes: {lost.rest} requests {lost.paths} and "
+        f"{lost.sockets} connection attempts; after its first second {probes / seconds:.2f} a "
+        f"second, at most {most} in one; bar 1 of each at a time",
         met=most <= 2,
     )
     bars.show(f"  the service computed {mine:.1f} s of {seconds} s")
@@ -381,9 +383,9 @@ async def after(limited: World, clock: MarketClock, bars: Bars, resumed: int) ->
         late - early for late, early in zip(limited.computed_s(), computed, strict=True)
     )
     bars.show(
-        f"  settled again within {took:.1f} s (the minute at least), {whole.rest} requests by "
-        f"then, at most {whole.most_a_market} of a target; the service computed {mine:.1f} s, the "
-        f"sandbox {theirs:.1f} s"
+        f"  settled again within {took:.1f} s (the minute at least), {whole.rest} requests "
+        f"{whole.paths} by then, at most {whole.most_a_market} of a target; the service computed "
+        f"{mine:.1f} s, the sandbox {theirs:.1f} s"
     )
     most, refused = (
         busiest(stats, range(resumed, real_second() + 1)),
@@ -402,6 +404,9 @@ async def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--speed", type=float, default=1.0, help="of the market's clock")
+    parser.add_argument(
+        "--ends", type=int, default=90, metavar="S", help="where in its period the outage ends"
+    )
     parser.add_argument("--only", choices=("resume",), help="without the outage")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="scale-"))
@@ -412,7 +417,7 @@ async def main() -> int:
         record(folder / "recording")
         now = await resume(folder, options.speed, bars)
         if options.only is None:
-            await outage(folder, now, options.speed, bars)
+            await outage(folder, now, options.speed, options.ends * 1000, bars)
     finally:
         shutil.rmtree(folder)
     return 1 if bars.missed else 0
