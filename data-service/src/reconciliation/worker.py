@@ -1,18 +1,19 @@
 """The settling worker of one exchange: who is settled first, and how an outage is probed.
 
 Jobs wait in a queue by priority, a page at a time, so that a live candle never stands behind a
-whole backfill. After a failure the exchange is left alone for a while that grows; then one job
-asks, and the others follow only once it was answered.
+whole backfill; every so many pages the last in line goes first, so that endless requests do not
+keep it waiting for ever. A series is worked at by one runner, so that a slow one holds up no other.
+After a failure the exchange is left alone for a while that grows; then one job asks, and the others
+follow only once it was answered.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import structlog
@@ -35,6 +36,8 @@ from reconciliation.settler import Ask, Progress, asking, report_of, settle_page
 
 RUNNERS: Final = 8
 QUEUE_BOUND: Final = 10_000
+# Each page of this many is one of the least urgent job that waits.
+FAIR_TURN: Final = 8
 FIRST_PAUSE_S: Final = 0.5
 LONGEST_PAUSE_S: Final = 30.0
 # A pause that the exchange asks for is kept up to this.
@@ -114,13 +117,18 @@ class Outage:
         return max(0.05, self._until - self._clock.monotonic())
 
 
-@dataclass(order=True, slots=True)
+_Key = tuple[SeriesState, TimeRange, Priority]
+
+
+@dataclass(slots=True, eq=False)
 class _Job:
+    key: _Key
     priority: Priority
-    order: int
-    state: SeriesState = field(compare=False)
-    progress: Progress = field(compare=False)
-    done: asyncio.Future[SettleReport] = field(compare=False)
+    state: SeriesState
+    progress: Progress
+    done: asyncio.Future[SettleReport]
+    waiters: int = 0
+    ending: bool = False
 
 
 class SettlingWorker:
@@ -140,11 +148,11 @@ class SettlingWorker:
         self._on_settled = on_settled
         self._page_periods = client.history_page
         self._runners = runners
-        self._queue: list[_Job] = []
-        self._order = itertools.count()
+        self._queues: dict[Priority, deque[_Job]] = {priority: deque() for priority in Priority}
+        self._busy: set[SeriesState] = set()
+        self._taken = 0
         self._ready = asyncio.Condition()
-        self._shared: dict[tuple[SeriesState, TimeRange, Priority], asyncio.Future[SettleReport]]
-        self._shared = {}
+        self._jobs: dict[_Key, _Job] = {}
         self._stopped = False
 
     @property
@@ -167,19 +175,30 @@ class SettlingWorker:
     ) -> SettleReport:
         """Queue a range and wait for what it comes to; see ``IReconciler.settle``."""
         key = (state, wanted, priority)
-        done = self._shared.get(key)
-        if done is None:
-            if len(self._queue) >= QUEUE_BOUND or self._stopped:
+        job = self._jobs.get(key)
+        if job is None:
+            if len(self._jobs) >= QUEUE_BOUND or self._stopped:
                 raise ExchangeUnavailable(
-                    f"{self._client.get_exchange_name()} has {len(self._queue)} ranges waiting; "
+                    f"{self._client.get_exchange_name()} has {len(self._jobs)} ranges waiting; "
                     f"ask again later",
                     retry_after=LONGEST_PAUSE_S,
                 )
-            done = asyncio.get_running_loop().create_future()
-            self._shared[key] = done
-            done.add_done_callback(lambda _: self._shared.pop(key, None))
-            await self._put(_Job(priority, next(self._order), state, Progress.over(wanted), done))
-        return await asyncio.shield(done)
+            done: asyncio.Future[SettleReport] = asyncio.get_running_loop().create_future()
+            job = _Job(key, priority, state, Progress.over(state, wanted), done)
+            self._jobs[key] = job
+            self._queues[priority].append(job)
+        job.waiters += 1
+        try:
+            async with self._ready:
+                self._ready.notify()
+            return await asyncio.shield(job.done)
+        finally:
+            job.waiters -= 1
+
+    def end_all(self) -> None:
+        """Begin no page of the jobs that there are; they end with what they came to."""
+        for job in self._jobs.values():
+            job.ending = True
 
     async def run(self) -> None:
         """Work until cancelled; jobs that are left then end with ``ExchangeUnavailable``."""
@@ -189,43 +208,71 @@ class SettlingWorker:
                     group.create_task(self._run_jobs())
         finally:
             self._stopped = True
-            for done in list(self._shared.values()):
-                _fail(done, ExchangeUnavailable("the service is shutting down"))
-
-    async def _put(self, job: _Job) -> None:
-        async with self._ready:
-            heapq.heappush(self._queue, job)
-            self._ready.notify()
+            for job in list(self._jobs.values()):
+                self._fail(job, ExchangeUnavailable("the service is shutting down"))
 
     async def _run_jobs(self) -> None:
         while True:
             async with self._ready:
-                while not self._queue:
+                while (taken := self._take()) is None:
                     await self._ready.wait()
-                job = heapq.heappop(self._queue)
-            if await self._work(job):
-                job.order = next(self._order)
-                await self._put(job)
+            job, priority = taken
+            try:
+                more = await self._work(job, priority)
+            finally:
+                self._busy.discard(job.state)
+            if more:
+                self._queues[job.priority].append(job)
 
-    async def _work(self, job: _Job) -> bool:
+    def _take(self) -> tuple[_Job, Priority] | None:
+        """The job whose page is next, out of its queue, and how urgently it may ask."""
+        fair = (self._taken + 1) % FAIR_TURN == 0
+        for priority in reversed(Priority) if fair else Priority:
+            queue = self._queues[priority]
+            for at, job in enumerate(queue):
+                if job.state in self._busy:
+                    continue
+                del queue[at]
+                self._taken += 1
+                self._busy.add(job.state)
+                # The exchange's limiter knows no turns: there, too, it must not wait for ever.
+                return job, min(priority, Priority.REQUEST) if fair else priority
+        return None
+
+    async def _work(self, job: _Job, priority: Priority) -> bool:
         """Settle one page of a job; whether it has to be queued again."""
         progress, more = job.progress, False
+        if job.waiters == 0:
+            # Everybody who wanted it has left.
+            del self._jobs[job.key]
+            job.done.cancel()
+            return False
         try:
-            more = await settle_page(
-                job.state, progress, self._asking(job.priority), page_periods=self._page_periods
-            )
-            await self._on_settled(job.state.series)
+            if job.ending:
+                await job.state.load(progress.wanted)
+            else:
+                more = await settle_page(
+                    job.state, progress, self._asking(priority), page_periods=self._page_periods
+                )
+                await self._on_settled(job.state.series)
         except ExchangeError as exc:
             progress.error = exc
         except asyncio.CancelledError:
-            _fail(job.done, ExchangeUnavailable("the service is shutting down"))
+            self._fail(job, ExchangeUnavailable("the service is shutting down"))
             raise
         except Exception as exc:  # noqa: BLE001  the outermost loop: the caller gets the error
-            _fail(job.done, exc)
+            self._fail(job, exc)
             return False
-        if not more and not job.done.done():
+        if not more:
+            del self._jobs[job.key]
             job.done.set_result(report_of(job.state, progress))
         return more
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        if self._jobs.pop(job.key, None) is not None:
+            job.done.set_exception(error)
+            # A caller that has left must not make the loop complain that nobody asked.
+            job.done.exception()
 
     def _asking(self, priority: Priority) -> Ask:
         direct = asking(self._client, priority)
@@ -252,10 +299,3 @@ class SettlingWorker:
             raise
         self._outage.answered()
         return answer
-
-
-def _fail(done: asyncio.Future[SettleReport], error: Exception) -> None:
-    if not done.done():
-        done.set_exception(error)
-        # A caller that has left must not make the loop complain that nobody asked.
-        done.exception()
