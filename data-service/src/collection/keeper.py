@@ -345,10 +345,13 @@ class SeriesKeeper:
         await self._clock.sleep_until(self._clock.now_ms() + REPAIR_EVERY_MS)
 
     def _restart_if_silent(self, period: int) -> None:
-        """Subscribe anew when a period has a candle of which the stream has said nothing."""
+        """Subscribe anew when a period has a candle of which the stream has said nothing, though
+        the feed was heard meanwhile."""
         market, interval = self.target.market, self.target.interval
         since = self._feed.heard_since(market, interval)
         if since is None or since > period or self._newest_update >= period:
+            return
+        if self._feed.heard_at < period:
             return
         if self.view.stored_ranges(TimeRange(period, period + self._step)):
             log.warning("stream_silent", series=str(self.series), since=since)

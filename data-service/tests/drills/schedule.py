@@ -7,7 +7,7 @@ the service and its feed were up, and what the exchange says in the end, comes f
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Final
@@ -27,8 +27,11 @@ LOOKS_MS: Final = 62 * MINUTE
 # When the first fault comes: everything is set up and live by then.
 SETTLING_IN_MS: Final = 12 * SECOND
 # How long a killed service takes until it is up again with a live feed, and a feed after a fault.
-RESTART_MS: Final = 8 * SECOND
-RECONNECT_MS: Final = 4 * SECOND
+RESTART_MS: Final = 6 * SECOND
+RECONNECT_MS: Final = 3 * SECOND
+# A service that starts while REST fails knows no market, and so has no feed, until REST is back;
+# a request that hangs is given up after ten seconds.
+GIVEN_UP_MS: Final = 10 * SECOND
 # How long after its end a candle is revised.
 REVISED_AFTER_MS: Final = (20_000, 2 * MINUTE, 7 * MINUTE, 30 * MINUTE, 55 * MINUTE)
 
@@ -66,7 +69,7 @@ class Form:
     seconds_a_kill: int
 
 
-SHORT: Final = Form("short", kills=5, seconds_a_kill=18)
+SHORT: Final = Form("short", kills=5, seconds_a_kill=20)
 LONG: Final = Form("long", kills=30, seconds_a_kill=24)
 
 
@@ -76,6 +79,11 @@ class Timed:
 
     at: int
     fault: Fault
+
+    @property
+    def is_of_rest(self) -> bool:
+        """Whether requests fail while it lasts."""
+        return str(self.fault["kind"]).startswith("rest_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,7 @@ def make_schedule(
         begin + number * slot + round(rng.uniform(0.2, 0.8) * slot) for number in range(form.kills)
     )
     timed: list[Timed] = []
-    down = [(at, at + RESTART_MS) for at in kills]
+    down: list[tuple[int, int]] = []
     feed, rest = _in_turns(rng, _FEED_FAULTS), _in_turns(rng, _REST_FAULTS)
     # One of the feed and three of REST for each kill and a half, so that every kind has its turn.
     last = end - 15 * SECOND
@@ -143,6 +151,7 @@ def make_schedule(
             down.append((at, at + lasts + RECONNECT_MS))
     for at in _moments(rng, begin, last, max(len(_REST_FAULTS), 2 * form.kills)):
         timed += [Timed(at, fault) for fault in next(rest)]
+    down += [(at, _up_again(at, timed)) for at in kills]
     revisions = {
         series: tuple(_revisions(rng, rows, series, begin, end))
         for series, rows in recorded.items()
@@ -171,6 +180,20 @@ def make_schedule(
         end=end,
         down=tuple(sorted(down)),
     )
+
+
+def _up_again(killed: int, timed: Iterable[Timed]) -> int:
+    """When a service that is killed is expected to have a live feed again."""
+    up = killed + RESTART_MS
+    for item in sorted(timed, key=lambda item: item.at):
+        if not item.is_of_rest:
+            continue
+        at, fault = item.at, item.fault
+        lasts = round(float(fault["seconds"]) * SECOND)
+        lasts += GIVEN_UP_MS if fault["kind"] == "rest_hang" else 0
+        if at < up and killed < at + lasts:
+            up = max(up, at + lasts + RECONNECT_MS)
+    return up
 
 
 def _in_turns(
