@@ -81,9 +81,21 @@ class Timed:
     fault: Fault
 
     @property
+    def over(self) -> int:
+        """When it does nothing more."""
+        lasts = round(float(self.fault.get("seconds", 0)) * SECOND)
+        lasts += GIVEN_UP_MS if self.fault["kind"] == "rest_hang" else 0
+        return self.at + lasts + round(float(self.fault.get("after_close", 0)) * 1_000)
+
+    @property
     def is_of_rest(self) -> bool:
         """Whether requests fail while it lasts."""
         return str(self.fault["kind"]).startswith("rest_")
+
+    @property
+    def withholds_candles(self) -> bool:
+        """Whether closed candles cannot be had while it lasts."""
+        return self.is_of_rest or self.fault["kind"] == "candle_late"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +159,17 @@ def make_schedule(
     for at in _moments(rng, begin, last, max(len(_FEED_FAULTS), form.kills)):
         for fault in next(feed):
             timed.append(Timed(at, fault))
-            lasts = round(float(fault.get("seconds", 0)) * SECOND)
-            down.append((at, at + lasts + RECONNECT_MS))
+            down.append((at, timed[-1].over + RECONNECT_MS))
     for at in _moments(rng, begin, last, max(len(_REST_FAULTS), 2 * form.kills)):
         timed += [Timed(at, fault) for fault in next(rest)]
     down += [(at, _up_again(at, timed)) for at in kills]
+    # The book of a candle that the exchange had not given when the service was killed is gone.
+    down += [
+        (item.at, kill)
+        for kill in kills
+        for item in timed
+        if item.withholds_candles and item.at < kill < item.over + MINUTE
+    ]
     revisions = {
         series: tuple(_revisions(rng, rows, series, begin, end))
         for series, rows in recorded.items()
@@ -186,13 +204,8 @@ def _up_again(killed: int, timed: Iterable[Timed]) -> int:
     """When a service that is killed is expected to have a live feed again."""
     up = killed + RESTART_MS
     for item in sorted(timed, key=lambda item: item.at):
-        if not item.is_of_rest:
-            continue
-        at, fault = item.at, item.fault
-        lasts = round(float(fault["seconds"]) * SECOND)
-        lasts += GIVEN_UP_MS if fault["kind"] == "rest_hang" else 0
-        if at < up and killed < at + lasts:
-            up = max(up, at + lasts + RECONNECT_MS)
+        if item.is_of_rest and item.at < up and killed < item.over:
+            up = max(up, item.over + RECONNECT_MS)
     return up
 
 
