@@ -21,6 +21,12 @@ class TargetStoreUnavailable(TargetError):
     retryable = True
 
 
+class TargetStoreDenied(TargetStoreUnavailable):
+    """Credentials or permissions are wrong; asking again does not mend that."""
+
+    retryable = False
+
+
 class TargetSchemaMismatch(TargetError):
     """The table has other columns than this service writes; the message names the difference."""
 
@@ -55,16 +61,21 @@ class Target:
 class ITargetManager(ABC):
     """The table of targets; several processes may write it at once.
 
+    Who makes a change (``by``: a user, a client, the service itself) is kept in the table's history
+    with what was changed and when. A change that changes nothing leaves no trace.
+
     Every method raises ``TargetStoreUnavailable`` when the table cannot be reached and
     ``TargetSchemaMismatch`` when it is not this service's.
     """
 
     @abstractmethod
-    async def add_target(self, target: Target) -> bool:
+    async def add_target(self, target: Target, *, by: str = "service") -> bool:
         """Add a row; True when it was added, False when one of its id exists (nothing changes)."""
 
     @abstractmethod
-    async def update_target(self, target_id: str, **changes: Any) -> Target | None:
+    async def update_target(
+        self, target_id: str, *, by: str = "service", **changes: Any
+    ) -> Target | None:
         """Change ``enabled``, ``since`` or ``market`` of a row; None when there is no such row.
 
         Raises:
@@ -72,7 +83,7 @@ class ITargetManager(ABC):
         """
 
     @abstractmethod
-    async def delete_target(self, target_id: str) -> bool:
+    async def delete_target(self, target_id: str, *, by: str = "service") -> bool:
         """Remove a row; whether it was there."""
 
     @abstractmethod

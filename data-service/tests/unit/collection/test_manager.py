@@ -505,9 +505,9 @@ async def test_whoever_subscribes_while_a_coin_is_removed_is_told_so() -> None:
         await world.pass_time(10_000)
         deleting, delete = asyncio.Event(), world.targets.delete_target
 
-        async def slowly(target_id: str) -> bool:
+        async def slowly(target_id: str, *, by: str = "service") -> bool:
             await deleting.wait()
-            return await delete(target_id)
+            return await delete(target_id, by=by)
 
         world.targets.delete_target = slowly  # type: ignore[method-assign]
         removal = asyncio.create_task(world.manager.remove_coin("BTC"))
