@@ -556,7 +556,7 @@ async def test_whoever_subscribes_while_a_coin_is_removed_is_told_so() -> None:
 
         async def slowly(target_id: str, *, by: str = SERVICE) -> bool:
             await deleting.wait()
-            return await delete(target_id)
+            return await delete(target_id, by=by)
 
         world.targets.delete_target = slowly  # type: ignore[method-assign]
         removal = asyncio.create_task(world.manager.remove_coin("BTC"))
