@@ -44,7 +44,7 @@ run-live: setup ## The same on the real exchanges
 	@exec $(BIN)/python -m demo --live
 
 test: setup $(AZURITE_READY) ## Run every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 check: setup ## Lint, types and the architecture rules
 	@$(BIN)/ruff format --check data-service

@@ -163,3 +163,17 @@ class IReconciler(ABC):
     @abstractmethod
     def retry_in(self, exchange: str) -> float:
         """Real seconds until the exchange may be asked again after a failure; 0 when it may now."""
+
+    @abstractmethod
+    async def until_answering(self, exchange: str) -> None:
+        """Return as soon as no outage of the exchange is known: at once, or with the first answer
+        after one."""
+
+    @abstractmethod
+    async def order_book(self, exchange: str, market: str) -> OrderBook:
+        """The top of a market's book now, by REST.
+
+        Raises:
+            ExchangeError: it cannot be had; during an outage without asking, but for one probe
+                at a time.
+        """

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from domain.clock import IClock
+from domain.order_book import OrderBook
 from domain.series import Series
 from domain.time_range import TimeRange
 from errors import DataServiceError, UnknownExchange
@@ -91,6 +92,12 @@ class Reconciler(IReconciler):
 
     def retry_in(self, exchange: str) -> float:
         return self._worker(exchange).retry_in
+
+    async def until_answering(self, exchange: str) -> None:
+        await self._worker(exchange).until_answering()
+
+    async def order_book(self, exchange: str, market: str) -> OrderBook:
+        return await self._worker(exchange).order_book(market)
 
     async def run(self) -> None:
         """Work until cancelled."""

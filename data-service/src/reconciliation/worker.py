@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
 from domain.clock import IClock
+from domain.order_book import OrderBook
 from domain.time_range import TimeRange
 from exchange_source.interfaces import (
     BadExchangeAnswer,
@@ -41,6 +43,8 @@ LONGEST_PAUSE_S: Final = 30.0
 # A pause that the exchange asks for is kept up to this.
 LONGEST_ASKED_FOR_S: Final = 3600.0
 
+_T = TypeVar("_T")
+
 log = structlog.get_logger(__name__)
 
 
@@ -54,6 +58,12 @@ class Outage:
         self._failures = 0
         self._until = 0.0
         self._probing = False
+        self._over = asyncio.Event()
+        self._over.set()
+
+    async def until_over(self) -> None:
+        """Return as soon as no outage is known."""
+        await self._over.wait()
 
     def enter(self) -> bool:
         """Let a request out; during an outage that is one probe at a time.
@@ -80,6 +90,7 @@ class Outage:
             log.info("exchange_answers_again", exchange=self._exchange)
         self._failures = 0
         self._probing = False
+        self._over.set()
 
     def failed(self, error: ExchangeError, *, probe: bool) -> None:
         if self._failures and not probe:
@@ -90,6 +101,7 @@ class Outage:
         asked_for = min(error.retry_after or 0.0, LONGEST_ASKED_FOR_S)
         pause = max(pause * self._rng.uniform(0.75, 1.25), asked_for)
         self._failures += 1
+        self._over.clear()
         self._until = self._clock.monotonic() + pause
         self._probing = False
 
@@ -147,6 +159,16 @@ class SettlingWorker:
     def retry_in(self) -> float:
         """Real seconds until the exchange may be asked again; 0 when it may now."""
         return self._outage.retry_in
+
+    async def until_answering(self) -> None:
+        """Return as soon as no outage of the exchange is known."""
+        await self._outage.until_over()
+
+    async def order_book(self, market: str) -> OrderBook:
+        """The top of the book now, by REST; see ``IReconciler.order_book``."""
+        return await self._ask(
+            lambda: self._client.fetch_order_book(market, priority=Priority.LIVE)
+        )
 
     async def settle(
         self, state: SeriesState, wanted: TimeRange, *, priority: Priority
@@ -256,20 +278,24 @@ class SettlingWorker:
         direct = asking(self._client, priority)
 
         async def ask(state: SeriesState, page: TimeRange) -> HistoricalData:
-            probe = self._outage.enter()
-            try:
-                answer = await direct(state, page)
-            except (BadExchangeAnswer, ExchangeRefused):
-                # It answers: what is wrong may be wrong with this market alone.
-                self._outage.answered()
-                raise
-            except ExchangeError as exc:
-                self._outage.failed(exc, probe=probe)
-                raise
-            except BaseException:
-                self._outage.released(probe=probe)
-                raise
-            self._outage.answered()
-            return answer
+            return await self._ask(lambda: direct(state, page))
 
         return ask
+
+    async def _ask(self, request: Callable[[], Awaitable[_T]]) -> _T:
+        """Make a request, if no outage forbids it, and note what it says of one."""
+        probe = self._outage.enter()
+        try:
+            answer = await request()
+        except (BadExchangeAnswer, ExchangeRefused):
+            # It answers: what is wrong may be wrong with this market alone.
+            self._outage.answered()
+            raise
+        except ExchangeError as exc:
+            self._outage.failed(exc, probe=probe)
+            raise
+        except BaseException:
+            self._outage.released(probe=probe)
+            raise
+        self._outage.answered()
+        return answer

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from domain.interval import Interval
 from domain.series import Series
 from errors import DataServiceError
+
+SERVICE: Final = "service"
+"""Who changes a target where nobody asked for it."""
 
 
 class TargetError(DataServiceError):
@@ -60,11 +63,13 @@ class ITargetManager(ABC):
     """
 
     @abstractmethod
-    async def add_target(self, target: Target) -> bool:
+    async def add_target(self, target: Target, *, by: str = SERVICE) -> bool:
         """Add a row; True when it was added, False when one of its id exists (nothing changes)."""
 
     @abstractmethod
-    async def update_target(self, target_id: str, **changes: Any) -> Target | None:
+    async def update_target(
+        self, target_id: str, *, by: str = SERVICE, **changes: Any
+    ) -> Target | None:
         """Change ``enabled``, ``since`` or ``market`` of a row; None when there is no such row.
 
         Raises:
@@ -72,7 +77,7 @@ class ITargetManager(ABC):
         """
 
     @abstractmethod
-    async def delete_target(self, target_id: str) -> bool:
+    async def delete_target(self, target_id: str, *, by: str = SERVICE) -> bool:
         """Remove a row; whether it was there."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from errors import ConfigurationError
 from target_management.changes import check_changes
 from target_management.delta_table import DeltaEngine, TargetTable, WriteConflict
 from target_management.file_lock import file_lock
-from target_management.interfaces import ITargetManager, Target, TargetStoreUnavailable
+from target_management.interfaces import SERVICE, ITargetManager, Target, TargetStoreUnavailable
 
 _T = TypeVar("_T")
 _THREADS: Final = 4
@@ -84,15 +84,17 @@ class TargetManager(ITargetManager):
         """Take no more work. Idempotent."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def add_target(self, target: Target) -> bool:
+    async def add_target(self, target: Target, *, by: str = SERVICE) -> bool:
         return await self._write(lambda: self._table.add(target))
 
-    async def update_target(self, target_id: str, **changes: Any) -> Target | None:
+    async def update_target(
+        self, target_id: str, *, by: str = SERVICE, **changes: Any
+    ) -> Target | None:
         check_changes(changes)
         now_ms = self._clock.now_ms()
         return await self._write(lambda: self._table.update(target_id, changes, now_ms))
 
-    async def delete_target(self, target_id: str) -> bool:
+    async def delete_target(self, target_id: str, *, by: str = SERVICE) -> bool:
         return await self._write(lambda: self._table.delete(target_id))
 
     async def get_target(self, target_id: str) -> Target | None:

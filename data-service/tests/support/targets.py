@@ -7,7 +7,7 @@ from typing import Any
 
 from domain.clock import IClock
 from target_management.changes import check_changes
-from target_management.interfaces import ITargetManager, Target, TargetError
+from target_management.interfaces import SERVICE, ITargetManager, Target, TargetError
 from tests.support.clock import ManualClock
 
 
@@ -23,11 +23,13 @@ class InMemoryTargets(ITargetManager):
         self.fail_with: TargetError | None = None
         self._clock = clock or ManualClock()
 
-    async def add_target(self, target: Target) -> bool:
+    async def add_target(self, target: Target, *, by: str = SERVICE) -> bool:
         self._fail()
         return self.rows.setdefault(target.target_id, target) is target
 
-    async def update_target(self, target_id: str, **changes: Any) -> Target | None:
+    async def update_target(
+        self, target_id: str, *, by: str = SERVICE, **changes: Any
+    ) -> Target | None:
         check_changes(changes)
         self._fail()
         held = self.rows.get(target_id)
@@ -37,7 +39,7 @@ class InMemoryTargets(ITargetManager):
             self.rows[target_id] = replace(held, **changes, last_updated=self._clock.now_ms())
         return self.rows[target_id]
 
-    async def delete_target(self, target_id: str) -> bool:
+    async def delete_target(self, target_id: str, *, by: str = SERVICE) -> bool:
         self._fail()
         return self.rows.pop(target_id, None) is not None
 
