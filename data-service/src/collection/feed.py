@@ -220,9 +220,9 @@ class FeedSupervisor:
             except DataServiceError as exc:
                 if self._clock.monotonic() - started > HEALTHY_AFTER_S:
                     failures = 0
-                if self._is_lost or self._streams == 0:
+                if self._streams == 0:
                     self._lose(exc.message, retry_after=exc.retry_after)
-                else:
+                if not self._is_lost:
                     if failures == 1:
                         log.warning(
                             "stream_fails", exchange=self._exchange, stream=key, why=exc.message
@@ -240,7 +240,13 @@ class FeedSupervisor:
             pause = self._tries.next_at - self._clock.monotonic()
             if self._is_lost and pause > 0:
                 await first_of(self._clock.sleep_real(pause), self._heard.wait())
-            yield
+            try:
+                yield
+            except ExchangeRefused:
+                raise
+            except DataServiceError as exc:
+                self._put_off(exc.retry_after)
+                raise
 
     async def _prove(self, handle: IStreamHandle) -> None:
         """Wait for a sign of life of a feed that was lost, or for the end of the stream."""
@@ -271,18 +277,20 @@ class FeedSupervisor:
                 del running[key]
 
     def _lose(self, why: str, *, retry_after: float | None = None) -> None:
-        now = self._clock.monotonic()
         if self._is_lost:
-            if now < self._tries.next_at:
-                return  # streams that shared one connection end together
-        else:
-            log.warning("feed_lost", exchange=self._exchange, why=why)
-            if now - self._connected_at > HEALTHY_AFTER_S:
-                self._tries.failures = 0
-            self._heard.clear()
-            self._state = "reconnecting"
-            self._on_state(self._exchange, "reconnecting")
-        self._tries.next_at = now + self._pause(self._tries.failures, retry_after)
+            return
+        log.warning("feed_lost", exchange=self._exchange, why=why)
+        if self._clock.monotonic() - self._connected_at > HEALTHY_AFTER_S:
+            self._tries.failures = 0
+        self._put_off(retry_after)
+        self._heard.clear()
+        self._state = "reconnecting"
+        self._on_state(self._exchange, "reconnecting")
+
+    def _put_off(self, retry_after: float | None) -> None:
+        """Leave a lost feed alone for a while."""
+        pause = self._pause(self._tries.failures, retry_after)
+        self._tries.next_at = self._clock.monotonic() + pause
         self._tries.failures += 1
 
     def _pause(self, failures: int, retry_after: float | None) -> float:

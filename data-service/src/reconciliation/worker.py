@@ -229,8 +229,10 @@ class SettlingWorker:
         fair = (self._taken + 1) % FAIR_TURN == 0
         for priority in reversed(Priority) if fair else Priority:
             queue = self._queues[priority]
+            # Of one series what is live goes first all the same: it may leave the other nothing.
+            live = {job.state for job in self._queues[Priority.LIVE]} if priority else set()
             for at, job in enumerate(queue):
-                if job.state in self._busy:
+                if job.state in self._busy or job.state in live:
                     continue
                 del queue[at]
                 self._taken += 1
