@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -240,10 +240,10 @@ class SettlingWorker:
         fair = (self._taken + 1) % FAIR_TURN == 0
         for priority in reversed(Priority) if fair else Priority:
             queue = self._queues[priority]
-            # Of one series the urgent job goes first all the same: it may leave the other nothing.
-            urgent = {job.state for job in self._queued_before(priority)} if fair else set()
+            # Of one series what is live goes first all the same: it may leave the other nothing.
+            live = {job.state for job in self._queues[Priority.LIVE]} if priority else set()
             for at, job in enumerate(queue):
-                if job.state in self._busy or job.state in urgent:
+                if job.state in self._busy or job.state in live:
                     continue
                 del queue[at]
                 self._taken += 1
@@ -251,12 +251,6 @@ class SettlingWorker:
                 # The exchange's limiter knows no turns: there, too, it must not wait for ever.
                 return job, min(priority, Priority.REQUEST) if fair else priority
         return None
-
-    def _queued_before(self, priority: Priority) -> Iterator[_Job]:
-        """The jobs that wait and are more urgent."""
-        for more_urgent in Priority:
-            if more_urgent < priority:
-                yield from self._queues[more_urgent]
 
     async def _work(self, job: _Job, priority: Priority) -> bool:
         """Settle one page of a job; whether it has to be queued again."""
