@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Final
@@ -43,7 +44,7 @@ from exchange_source.interfaces import (
     Priority,
 )
 from historical.interfaces import ISeriesDirectory, ResolvedSeries
-from reconciliation.interfaces import IReconciler
+from reconciliation.interfaces import IReconciler, ISeriesView
 from storage.interfaces import IStorageManager, NotTheCollector, StorageUnavailable
 from storage.path_utility import StoragePathUtility
 from target_management.interfaces import SERVICE, Target
@@ -51,6 +52,7 @@ from target_management.interfaces import SERVICE, Target
 DAY_MS: Final = 86_400_000
 REPLAY_PERIODS: Final = 500
 OPEN_TIMEOUT_S: Final = 10.0
+APART_TIMEOUT_S: Final = 15.0
 RESTART_PAUSE_S: Final = 5.0
 STATUSES_AT_ONCE: Final = 8
 
@@ -173,22 +175,21 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             selected = await self._select(coin, exchange)
             self._check_offered(selected.exchange, interval)
             client = self._connector.get_client(selected.exchange)
-            target = await self._collection.add(
-                Target(
-                    coin=coin,
-                    exchange=selected.exchange,
-                    exchange_id=client.get_exchange_id(),
-                    market=selected.market,
-                    interval=interval,
-                    enabled=True,
-                    since=wanted.floor(now - self._backfill_ms if since is None else since),
-                    created_at=now,
-                    last_updated=now,
-                ),
-                by=by,
+            target = Target(
+                coin=coin,
+                exchange=selected.exchange,
+                exchange_id=client.get_exchange_id(),
+                market=selected.market,
+                interval=interval,
+                enabled=True,
+                since=wanted.floor(now - self._backfill_ms if since is None else since),
+                created_at=now,
+                last_updated=now,
             )
-            keeper = self._keep(target)
-            keeper.open_from_now()
+            async with self._apart(self._reconciler.view(target.series, target.market)):
+                target = await self._collection.add(target, by=by)
+                keeper = self._keep(target)
+                keeper.open_from_now()
             log.info(
                 "target_added", target=target.target_id, market=target.market, since=target.since
             )
@@ -222,7 +223,12 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             kept.keeper.removed_by = by
             status = kept.keeper.status()
             if self._hub.subscriber_count(kept.keeper.series) == 0:
-                await self._drop(kept.keeper)
+                try:
+                    await self._drop(kept.keeper)
+                except DataServiceError:
+                    # Nobody would come to finish it: it is collected as before.
+                    self._kept[kept.keeper.series].keeper.removed_by = None
+                    raise
             else:
                 # What was answered holds, also when this process does not live to the end of it.
                 await self._collection.set_enabled(found[0], enabled=False, by=by)
@@ -529,14 +535,29 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
     async def _drop(self, keeper: SeriesKeeper) -> None:
         if keeper.series not in self._kept:
             return
-        # First of all nobody can subscribe any more: whoever did would wait for ever.
-        await self._stop([keeper.series])
-        try:
-            await self._collection.remove(keeper.target, by=keeper.removed_by or SERVICE)
-        except DataServiceError:
-            self._keep(keeper.target).removed_by = keeper.removed_by
-            raise
+        async with self._apart(keeper.view):
+            # First of all nobody can subscribe any more: whoever did would wait for ever.
+            await self._stop([keeper.series])
+            try:
+                await self._collection.remove(keeper.target, by=keeper.removed_by or SERVICE)
+            except DataServiceError:
+                self._keep(keeper.target).removed_by = keeper.removed_by
+                raise
         log.info("target_removed", target=keeper.target.target_id)
+
+    @asynccontextmanager
+    async def _apart(self, view: ISeriesView) -> AsyncIterator[None]:
+        """Hold a series apart from settling, which holds it for one page at a time."""
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(APART_TIMEOUT_S):
+                    await stack.enter_async_context(view.exclusive())
+            except TimeoutError:
+                raise ExchangeUnavailable(
+                    f"{view.series} is being settled and its exchange is slow; ask again later",
+                    retry_after=APART_TIMEOUT_S,
+                ) from None
+            yield
 
     async def _stop(self, serieses: Sequence[Series]) -> None:
         kept = [self._kept.pop(series) for series in serieses]

@@ -383,6 +383,45 @@ async def test_removing_a_coin_stops_its_streams_and_keeps_its_data() -> None:
         assert await world.stored() == world.wanted()
 
 
+async def test_adding_and_removing_wait_for_the_page_that_is_being_settled() -> None:
+    world = Collecting()
+    async with world.running():
+        view = world.reconciler.view(BTC_5M, "BTC/USD")
+        async with view.exclusive():
+            adding = asyncio.create_task(world.manager.add_coin("BTC"))
+            await settle_loop(100)
+            assert not adding.done()
+            assert await world.targets.list_targets() == []
+        await adding
+        await world.pass_time(10_000)
+        async with view.exclusive():
+            removing = asyncio.create_task(world.manager.remove_coin("BTC"))
+            await settle_loop(100)
+            assert not removing.done()
+            assert len(await world.targets.list_targets()) == 1
+        await removing
+        assert await world.targets.list_targets() == []
+        assert world.exchange.running_streams == []
+
+
+async def test_a_removal_that_cannot_wait_any_longer_says_so_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("collection.manager.APART_TIMEOUT_S", 0.01)
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(10_000)
+        async with world.reconciler.view(BTC_5M, "BTC/USD").exclusive():
+            with pytest.raises(ExchangeUnavailable, match="is being settled"):
+                await world.manager.remove_coin("BTC")
+        (status,) = await world.manager.list_targets()
+        assert status.state is not TargetState.REMOVING
+        assert len(world.exchange.running_streams) == 1
+        await world.manager.remove_coin("BTC")
+        assert await world.manager.list_targets() == []
+
+
 async def test_a_removed_target_with_subscribers_stays_until_the_last_one_leaves() -> None:
     world = Collecting()
     async with world.running():
