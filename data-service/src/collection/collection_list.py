@@ -44,7 +44,7 @@ class CoinCollectionList:
 
     async def add(self, target: Target, *, by: str = SERVICE) -> Target:
         """Write a target through; one that the table has already, disabled ones included, is
-        enabled and kept as it is.
+        enabled and kept as it is. ``by`` is who asked for it, for the table's history.
 
         Returns:
             The target as the table has it.

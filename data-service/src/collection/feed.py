@@ -132,6 +132,11 @@ class FeedSupervisor:
         snapshots = (item.handle.snapshot() for item in self._books.get(market, ()))
         return next((book for book in snapshots if book is not None), None)
 
+    @property
+    def heard_at(self) -> int:
+        """When (market ms) anything was heard of the exchange last."""
+        return self._last_data_ms
+
     def heard_since(self, market: str, interval: str) -> int | None:
         """Since when (market ms) every candle stream of the market has run, or None."""
         running = self._candles.get((market, interval), ())

@@ -199,9 +199,8 @@ class SeriesKeeper:
             report = await self._settle(TimeRange(self.target.since, closed_end), Priority.BACKFILL)
             if self._served.is_set() and (report is None or report.error is not None):
                 if not await self._waited_out():
-                    pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures, 10))
+                    await self._back_off(failures)
                     failures += 1
-                    await self._clock.sleep_real(pause * self._rng.uniform(0.75, 1.25))
                 continue
             failures = 0
             if report is not None and report.error is None:
@@ -223,6 +222,7 @@ class SeriesKeeper:
 
     async def _look_again(self) -> None:
         """Take the second looks that are owed: exchanges publish late and correct themselves."""
+        failures = 0
         while True:
             await self._served.wait()
             due = self.view.looks_due()
@@ -230,8 +230,10 @@ class SeriesKeeper:
                 report = await self._settle(due, Priority.BACKFILL)
                 if report is None or report.error is not None:
                     if not await self._waited_out():
-                        await self._clock.sleep_real(FIRST_RETRY_S)
+                        await self._back_off(failures)
+                        failures += 1
                     continue
+                failures = 0
             await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
             soon = self._clock.now_ms() + LOOK_RHYTHM_MS
             next_look = self.view.next_look_at() or soon
@@ -300,11 +302,20 @@ class SeriesKeeper:
                 log.warning("series_not_settled", series=str(self.series), error=exc.message)
             self._failing = True
             return None
+        if report.error is not None and not self._failing:
+            self._note_error(report.error)
         self._failing = report.error is not None
         self._settled_once = self._settled_once or report.error is None
         if isinstance(report.error, ExchangeRefused):
             await self._check_listed(refused=report.error)
         return report
+
+    def _note_error(self, error: ExchangeError) -> None:
+        """Tell the first of a series of errors, if nobody else does: of an outage of the exchange
+        its worker tells, of a refusal ``_check_listed``."""
+        outage = self._reconciler.retry_in(self.series.exchange) > 0
+        if not outage and not isinstance(error, ExchangeRefused):
+            log.warning("series_not_settled", series=str(self.series), error=error.message)
 
     async def _check_listed(self, *, refused: ExchangeRefused | None = None) -> None:
         """Know whether the exchange still serves the market; ``refused`` is why it may not.
@@ -345,10 +356,13 @@ class SeriesKeeper:
         await self._clock.sleep_until(self._clock.now_ms() + REPAIR_EVERY_MS)
 
     def _restart_if_silent(self, period: int) -> None:
-        """Subscribe anew when a period has a candle of which the stream has said nothing."""
+        """Subscribe anew when a period has a candle of which the stream has said nothing, though
+        the feed was heard meanwhile."""
         market, interval = self.target.market, self.target.interval
         since = self._feed.heard_since(market, interval)
         if since is None or since > period or self._newest_update >= period:
+            return
+        if self._feed.heard_at < period:
             return
         if self.view.stored_ranges(TimeRange(period, period + self._step)):
             log.warning("stream_silent", series=str(self.series), since=since)
@@ -367,6 +381,11 @@ class SeriesKeeper:
             self._reconciler.until_answering(exchange),
         )
         return True
+
+    async def _back_off(self, failures: int) -> None:
+        """The pause after a failure that is this market's own, or of storage (real time)."""
+        pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures, 10))
+        await self._clock.sleep_real(pause * self._rng.uniform(0.75, 1.25))
 
     async def _pause(self, market_ms: int) -> None:
         """The pause of the repair: by the market's clock, but not in quick succession."""

@@ -273,6 +273,8 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                 retry_after=OPEN_TIMEOUT_S,
             ) from None
         subscription = self._hub.subscribe(keeper.series)
+        if from_ms is not None:
+            self._begin_at(keeper, subscription, from_ms)
         try:
             yield SubscriptionStarted(keeper.series, keeper.target.market, subscription.last_closed)
             if from_ms is not None:
@@ -283,6 +285,15 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         finally:
             subscription.close()
             await self._drop_if_left(keeper)
+
+    @staticmethod
+    def _begin_at(keeper: SeriesKeeper, subscription: Subscription, from_ms: int) -> None:
+        """Let a reader begin where it wants to, should the series begin before: after a restart it
+        begins anew where something was open."""
+        first_told = subscription.last_closed + keeper.series.interval.milliseconds
+        wanted = keeper.series.interval.ceil(from_ms)
+        if wanted > first_told:
+            subscription.resume_at(wanted, _reasons(keeper, TimeRange(first_told, wanted)))
 
     async def _replay(
         self, keeper: SeriesKeeper, subscription: Subscription, from_ms: int
@@ -306,11 +317,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             await self._reconciler.settle(
                 series, keeper.target.market, window, priority=Priority.REQUEST
             )
-            reasons = {
-                period: gap.reason
-                for gap in keeper.view.gaps(window)
-                for period in range(gap.range.start, gap.range.end, step)
-            }
+            reasons = _reasons(keeper, window)
             # Before reading: what settles from now on is either read or told as late.
             subscription.expect(reasons)
             entries = await self._storage.get_raw_data_range(
@@ -552,6 +559,16 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             for kept in self._kept.values():
                 if kept.keeper.series.exchange == exchange:
                     kept.keeper.note_reconnect()
+
+
+def _reasons(keeper: SeriesKeeper, window: TimeRange) -> dict[int, GapReason]:
+    """The periods of a window that have no entry, and why."""
+    step = keeper.series.interval.milliseconds
+    return {
+        period: gap.reason
+        for gap in keeper.view.gaps(window)
+        for period in range(gap.range.start, gap.range.end, step)
+    }
 
 
 def _none_could_be_asked(errors: Mapping[str, ExchangeError]) -> ExchangeUnavailable:

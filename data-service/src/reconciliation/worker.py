@@ -49,7 +49,11 @@ log = structlog.get_logger(__name__)
 
 
 class Outage:
-    """Whether the exchange may be asked now (real time)."""
+    """Whether the exchange may be asked now (real time).
+
+    It cannot once it has failed two markets in a row: what fails for one alone is that market's
+    trouble, and costs the others nothing. An exchange that asks for a pause gets it at once.
+    """
 
     def __init__(self, exchange: str, clock: IClock, rng: random.Random) -> None:
         self._exchange = exchange
@@ -58,6 +62,8 @@ class Outage:
         self._failures = 0
         self._until = 0.0
         self._probing = False
+        self._markets: set[str] = set()
+        self._failing: set[str] = set()
         self._over = asyncio.Event()
         self._over.set()
 
@@ -65,8 +71,8 @@ class Outage:
         """Return as soon as no outage is known."""
         await self._over.wait()
 
-    def enter(self) -> bool:
-        """Let a request out; during an outage that is one probe at a time.
+    def enter(self, market: str) -> bool:
+        """Let a request about a market out; during an outage that is one probe at a time.
 
         Returns:
             Whether the request is that probe.
@@ -74,6 +80,7 @@ class Outage:
         Raises:
             ExchangeUnavailable: it is too early to ask again.
         """
+        self._markets.add(market)
         if self._failures == 0:
             return False
         if self._probing or self._clock.monotonic() < self._until:
@@ -90,12 +97,16 @@ class Outage:
             log.info("exchange_answers_again", exchange=self._exchange)
         self._failures = 0
         self._probing = False
+        self._failing.clear()
         self._over.set()
 
-    def failed(self, error: ExchangeError, *, probe: bool) -> None:
+    def failed(self, error: ExchangeError, market: str, *, probe: bool) -> None:
         if self._failures and not probe:
             return  # sent before the outage began: no further failure
         if self._failures == 0:
+            self._failing.add(market)
+            if error.retry_after is None and len(self._failing) < min(2, len(self._markets)):
+                return
             log.warning("exchange_cannot_be_asked", exchange=self._exchange, error=error.message)
         pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failures, 16))
         asked_for = min(error.retry_after or 0.0, LONGEST_ASKED_FOR_S)
@@ -167,7 +178,7 @@ class SettlingWorker:
     async def order_book(self, market: str) -> OrderBook:
         """The top of the book now, by REST; see ``IReconciler.order_book``."""
         return await self._ask(
-            lambda: self._client.fetch_order_book(market, priority=Priority.LIVE)
+            market, lambda: self._client.fetch_order_book(market, priority=Priority.LIVE)
         )
 
     async def settle(
@@ -280,13 +291,13 @@ class SettlingWorker:
         direct = asking(self._client, priority)
 
         async def ask(state: SeriesState, page: TimeRange) -> HistoricalData:
-            return await self._ask(lambda: direct(state, page))
+            return await self._ask(state.market, lambda: direct(state, page))
 
         return ask
 
-    async def _ask(self, request: Callable[[], Awaitable[_T]]) -> _T:
-        """Make a request, if no outage forbids it, and note what it says of one."""
-        probe = self._outage.enter()
+    async def _ask(self, market: str, request: Callable[[], Awaitable[_T]]) -> _T:
+        """Make a request about a market, if no outage forbids it, and note what it says of one."""
+        probe = self._outage.enter(market)
         try:
             answer = await request()
         except (BadExchangeAnswer, ExchangeRefused):
@@ -294,7 +305,7 @@ class SettlingWorker:
             self._outage.answered()
             raise
         except ExchangeError as exc:
-            self._outage.failed(exc, probe=probe)
+            self._outage.failed(exc, market, probe=probe)
             raise
         except BaseException:
             self._outage.released(probe=probe)

@@ -24,6 +24,12 @@ class TargetStoreUnavailable(TargetError):
     retryable = True
 
 
+class TargetStoreDenied(TargetStoreUnavailable):
+    """Credentials or permissions are wrong; asking again does not mend that."""
+
+    retryable = False
+
+
 class TargetSchemaMismatch(TargetError):
     """The table has other columns than this service writes; the message names the difference."""
 
@@ -57,6 +63,9 @@ class Target:
 
 class ITargetManager(ABC):
     """The table of targets; several processes may write it at once.
+
+    Who makes a change (``by``: a user, a client, the service itself) is kept in the table's history
+    with what was changed and when. A change that changes nothing leaves no trace.
 
     Every method raises ``TargetStoreUnavailable`` when the table cannot be reached and
     ``TargetSchemaMismatch`` when it is not this service's.

@@ -276,7 +276,7 @@ class Listening:
             if message["type"] == "gap":
                 self._gap(message)
             elif message["data"]["closed"]:
-                self._closed(message["data"], late=message["data"].get("late", False))
+                self._closed(message["data"], late=message.get("late", False))
 
     def _gap(self, message: Mapping[str, Any]) -> None:
         start, end, reason = message["start"], message["end"], message["reason"]

@@ -7,7 +7,7 @@ the service and its feed were up, and what the exchange says in the end, comes f
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Final
@@ -27,8 +27,11 @@ LOOKS_MS: Final = 62 * MINUTE
 # When the first fault comes: everything is set up and live by then.
 SETTLING_IN_MS: Final = 12 * SECOND
 # How long a killed service takes until it is up again with a live feed, and a feed after a fault.
-RESTART_MS: Final = 8 * SECOND
-RECONNECT_MS: Final = 4 * SECOND
+RESTART_MS: Final = 6 * SECOND
+RECONNECT_MS: Final = 3 * SECOND
+# A service that starts while REST fails knows no market, and so has no feed, until REST is back;
+# a request that hangs is given up after ten seconds.
+GIVEN_UP_MS: Final = 10 * SECOND
 # How long after its end a candle is revised.
 REVISED_AFTER_MS: Final = (20_000, 2 * MINUTE, 7 * MINUTE, 30 * MINUTE, 55 * MINUTE)
 
@@ -66,7 +69,7 @@ class Form:
     seconds_a_kill: int
 
 
-SHORT: Final = Form("short", kills=5, seconds_a_kill=18)
+SHORT: Final = Form("short", kills=5, seconds_a_kill=20)
 LONG: Final = Form("long", kills=30, seconds_a_kill=24)
 
 
@@ -76,6 +79,23 @@ class Timed:
 
     at: int
     fault: Fault
+
+    @property
+    def over(self) -> int:
+        """When it does nothing more."""
+        lasts = round(float(self.fault.get("seconds", 0)) * SECOND)
+        lasts += GIVEN_UP_MS if self.fault["kind"] == "rest_hang" else 0
+        return self.at + lasts + round(float(self.fault.get("after_close", 0)) * 1_000)
+
+    @property
+    def is_of_rest(self) -> bool:
+        """Whether requests fail while it lasts."""
+        return str(self.fault["kind"]).startswith("rest_")
+
+    @property
+    def withholds_candles(self) -> bool:
+        """Whether closed candles cannot be had while it lasts."""
+        return self.is_of_rest or self.fault["kind"] == "candle_late"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +152,24 @@ def make_schedule(
         begin + number * slot + round(rng.uniform(0.2, 0.8) * slot) for number in range(form.kills)
     )
     timed: list[Timed] = []
-    down = [(at, at + RESTART_MS) for at in kills]
+    down: list[tuple[int, int]] = []
     feed, rest = _in_turns(rng, _FEED_FAULTS), _in_turns(rng, _REST_FAULTS)
     # One of the feed and three of REST for each kill and a half, so that every kind has its turn.
     last = end - 15 * SECOND
     for at in _moments(rng, begin, last, max(len(_FEED_FAULTS), form.kills)):
         for fault in next(feed):
             timed.append(Timed(at, fault))
-            lasts = round(float(fault.get("seconds", 0)) * SECOND)
-            down.append((at, at + lasts + RECONNECT_MS))
+            down.append((at, timed[-1].over + RECONNECT_MS))
     for at in _moments(rng, begin, last, max(len(_REST_FAULTS), 2 * form.kills)):
         timed += [Timed(at, fault) for fault in next(rest)]
+    down += [(at, _up_again(at, timed)) for at in kills]
+    # The book of a candle that the exchange had not given when the service was killed is gone.
+    down += [
+        (item.at, kill)
+        for kill in kills
+        for item in timed
+        if item.withholds_candles and item.at < kill < item.over + MINUTE
+    ]
     revisions = {
         series: tuple(_revisions(rng, rows, series, begin, end))
         for series, rows in recorded.items()
@@ -171,6 +198,15 @@ def make_schedule(
         end=end,
         down=tuple(sorted(down)),
     )
+
+
+def _up_again(killed: int, timed: Iterable[Timed]) -> int:
+    """When a service that is killed is expected to have a live feed again."""
+    up = killed + RESTART_MS
+    for item in sorted(timed, key=lambda item: item.at):
+        if item.is_of_rest and item.at < up and killed < item.over:
+            up = max(up, item.over + RECONNECT_MS)
+    return up
 
 
 def _in_turns(

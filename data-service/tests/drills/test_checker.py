@@ -123,10 +123,12 @@ def heard(*messages: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def closed(number: int, values: Row | None = None, **more: Any) -> dict[str, Any]:
-    data = {"timestamp": T0 + number * MINUTE, "closed": True, "revision": 1, **more}
+def closed(
+    number: int, values: Row | None = None, *, revision: int = 1, **more: Any
+) -> dict[str, Any]:
+    data: dict[str, Any] = {"timestamp": T0 + number * MINUTE, "closed": True, "revision": revision}
     data |= dict(zip(NAMES, values or row(number), strict=True))
-    return {"type": "realtime_data", "data": data}
+    return {"type": "realtime_data", "data": data, **more}
 
 
 def gap(number: int, reason: str = "no_trades", **more: Any) -> dict[str, Any]:

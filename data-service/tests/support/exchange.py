@@ -90,7 +90,8 @@ class FakeExchange(IExchangeAPIClient):
     shows from its period's open on, or from ``publish_at`` (by market, interval and timestamp,
     market ms). ``history_ms`` is how far back it gives, ``time_offset_ms`` how far its own clock
     is ahead of ``clock``. ``fail_with`` is raised by every request while it is set; with
-    ``refuse_history`` those for candles are refused. Requests wait while ``gate`` is cleared.
+    ``refuse_history`` those for candles are refused, and those about one of ``failing_markets``
+    fail. Requests wait while ``gate`` is cleared.
     Markets of ``inactive`` are listed and not traded. ``requests`` counts calls by method,
     ``asked`` holds the histories asked for.
     """
@@ -111,6 +112,7 @@ class FakeExchange(IExchangeAPIClient):
     book: OrderBook | None = None
     fail_with: ExchangeError | None = None
     refuse_history: bool = False
+    failing_markets: set[str] = field(default_factory=set)
     requests: Counter[str] = field(default_factory=Counter)
     asked: list[Asked] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
@@ -244,6 +246,8 @@ class FakeExchange(IExchangeAPIClient):
             raise ExchangeUnavailable(f"{self.name} is closed")
         if self.fail_with is not None:
             raise self.fail_with
+        if market in self.failing_markets:
+            raise ExchangeUnavailable(f"{self.name} does not answer about {market}")
         if market is not None and market not in self.markets:
             raise ExchangeRefused(f"{self.name} does not know the market {market}")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
+
 from structlog.testing import capture_logs
 
-from collection.interfaces import TargetState, TargetStatus
+from collection.interfaces import ClosedCandle, GapTold, TargetState, TargetStatus
 from exchange_source.interfaces import ExchangeRefused, ExchangeUnavailable
 from storage.path_utility import StoragePathUtility
 from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
-from tests.support.market import DAY, FIVE, HOUR, MINUTE, T0, candles
+from tests.support.market import DAY, FIVE, HOUR, MINUTE, T0, book, candles
 
 FIRST_OPEN = T0 + 24 * HOUR
 
@@ -124,6 +126,33 @@ async def test_what_is_refused_of_a_listed_market_is_asked_for_ever_more_rarely(
         await trade(world, MINUTE)
         assert (await status_of(world)).state is TargetState.LIVE
         assert await world.stored() == world.wanted()
+
+
+async def test_a_market_that_always_fails_costs_the_others_nothing() -> None:
+    world = Collecting()
+    with capture_logs() as logs:
+        async with world.running():
+            await world.manager.add_coin("BTC")
+            await world.manager.add_coin("ETH")
+            await trade(world, MINUTE, "ETH/USD")
+            world.exchange.failing_markets.add("BTC/USD")
+            world.exchange.book = book(FIRST_OPEN)
+            async with aclosing(world.manager.stream_realtime_data("ETH")) as events:
+                await anext(events)
+                await trade(world, HOUR, "ETH/USD")
+                told: list[int] = []
+                while len(told) < 12:
+                    event = await anext(events)
+                    assert not isinstance(event, GapTold)
+                    if isinstance(event, ClosedCandle):
+                        told.append(event.entry.timestamp)
+            assert (await status_of(world)).state is TargetState.DEGRADED
+            assert (await status_of(world, "ETH")).state is TargetState.LIVE
+            assert await world.stored("ETH") == world.wanted()
+            # By the pauses of its own: what closes, what is owed a look, what is repaired.
+            assert asked_of(world) < 300
+    warned = [entry["event"] for entry in logs if entry["log_level"] == "warning"]
+    assert warned == ["series_not_settled"]
 
 
 async def test_an_outage_is_not_taken_for_a_delisting() -> None:

@@ -23,6 +23,7 @@ from domain.time_range import TimeRange
 from errors import CoinNotAvailable, InvalidRequest, UnknownExchange
 from exchange_source.interfaces import ExchangeUnavailable, Priority
 from storage.interfaces import NotTheCollector, StorageUnavailable
+from storage.path_utility import StoragePathUtility
 from target_management.interfaces import SERVICE, TargetStoreUnavailable
 from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
@@ -248,6 +249,31 @@ async def test_a_replay_tells_the_gaps_of_the_past_in_their_place() -> None:
         assert isinstance(told[1], GapTold)
         assert told[1].gap.reason is GapReason.NO_TRADES
         assert told[1].gap.range.start == hole
+
+
+async def test_who_resumes_beyond_the_mark_is_told_late_what_was_open_and_nothing_twice() -> None:
+    world = Collecting()
+    start = T0 + 24 * HOUR
+    lost, resumed = start + FIVE, start + 4 * FIVE
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(4 * FIVE)
+    # This reader was told everything before; one of it is not there any more.
+    del world.raw.blobs[StoragePathUtility.get_raw_data_path("crypto.com", "BTC", lost)]
+    world.exchange.fail_with = ExchangeUnavailable("503")
+    world.assemble()
+    async with world.running():
+        stream = world.manager.stream_realtime_data("BTC", from_ms=resumed)
+        async with aclosing(stream) as events:
+            started = await first_of(SubscriptionStarted, events)
+            assert started.last_closed == lost - FIVE
+            world.exchange.fail_with = None
+            await world.pass_time(2 * FIVE)
+            told = [await first_of(ClosedCandle, events) for _ in range(2)]
+        assert [(event.entry.timestamp, event.late) for event in told] == [
+            (lost, True),
+            (resumed, False),
+        ]
 
 
 async def test_a_restart_fills_what_was_missed_and_tells_it_in_order() -> None:
@@ -530,7 +556,7 @@ async def test_whoever_subscribes_while_a_coin_is_removed_is_told_so() -> None:
 
         async def slowly(target_id: str, *, by: str = SERVICE) -> bool:
             await deleting.wait()
-            return await delete(target_id)
+            return await delete(target_id, by=by)
 
         world.targets.delete_target = slowly  # type: ignore[method-assign]
         removal = asyncio.create_task(world.manager.remove_coin("BTC"))
