@@ -33,7 +33,7 @@ SECOND_PROOF_MS: Final = 60_000
 # A look that no answer gave is tried again after this, or after this part of the period's age.
 TRY_AGAIN_MS: Final = 60_000
 TRY_AGAIN_PART: Final = 60
-# A period of which the exchange says nothing any more is looked for this long after its end.
+# A period that the exchange does not offer any more is looked for this long after its end.
 KEEP_LOOKING_MS: Final = 24 * 3_600_000
 # What the exchange did not offer is asked for again after this.
 ASK_OLDER_AGAIN_MS: Final = 3_600_000
@@ -273,8 +273,7 @@ class SeriesState(ISeriesView):
             for part in asked.within(run):
                 self._note_empty(part, asked_at, looked_at)
         if answer.not_offered is not None:
-            self._oldest_offered = self._series.interval.floor(answer.not_offered.end)
-            self._oldest_learned_at = asked_at
+            self._note_not_offered(answer.not_offered.end, asked_at)
         for part in asked:
             self._note_asked(part, asked_at, request)
         return changed
@@ -487,24 +486,27 @@ class SeriesState(ISeriesView):
                 self._postpone(part, asked_at)
 
     def _postpone(self, run: TimeRange, asked_at: int) -> None:
-        """Look again a little later; after a day without a word of it, what is known is final."""
-        ledger = self._ledger
-        given_up = TimeRange(
-            run.start,
-            min(run.end, self._series.interval.floor(asked_at - KEEP_LOOKING_MS - 1)),
-        )
-        for part in self._stored.within(given_up):
-            self._due.remove(part)
-            self._add(ledger.verified, part)
-        for part, _ in ledger.suspected.within(given_up):
-            if part.start < self._not_offered_before:
-                self._due.remove(part)
-                self._no_longer_suspect(part)
-        later = asked_at + max(TRY_AGAIN_MS, (asked_at - run.end) // TRY_AGAIN_PART)
+        """Look again a little later, the later the older the periods are."""
+        later = max(TRY_AGAIN_MS, (asked_at - run.end) // TRY_AGAIN_PART)
         if run.start < self._not_offered_before:
-            later = asked_at + ASK_OLDER_AGAIN_MS
+            later = max(later, ASK_OLDER_AGAIN_MS)
         for part, _ in self._due.within(run):
-            self._due.set(part, later)
+            self._due.set(part, asked_at + later)
+
+    def _note_not_offered(self, before: int, asked_at: int) -> None:
+        """Nothing that opens before ``before`` is offered: after a day, nobody looks for it."""
+        interval = self._series.interval
+        self._oldest_offered = interval.floor(before)
+        self._oldest_learned_at = asked_at
+        given_up = TimeRange(
+            0, min(self._oldest_offered, interval.floor(asked_at - KEEP_LOOKING_MS))
+        )
+        for part, _ in self._due.within(given_up):
+            for kept in self._stored.within(part):
+                self._add(self._ledger.verified, kept)
+            # Proven once only, and never to be proven again.
+            self._no_longer_suspect(part)
+        self._due.remove(given_up)
 
     # -- what is owed -----------------------------------------------------------------------
 

@@ -182,10 +182,11 @@ class FakeExchange(IExchangeAPIClient):
         candles: list[Candle] = []
         empty = RangeSet()
         offered_from = period.ceil(start)
+        oldest, newest = min(rows, default=0), max(rows, default=0)
         for timestamp in range(offered_from, end, period.milliseconds):
             over = timestamp + period.milliseconds + self.grace_ms <= now
-            before = bool(rows) and min(rows) < timestamp
-            after = bool(rows) and max(rows) > timestamp
+            before = bool(rows) and oldest < timestamp
+            after = bool(rows) and newest > timestamp
             if timestamp in rows:
                 if over or after:
                     candles.append(rows[timestamp])

@@ -306,12 +306,31 @@ async def test_a_candle_that_the_exchange_drops_later_stays_stored() -> None:
     await world.clock.advance(2 * HOUR)
     await world.settle(end=T0 + HOUR)
     assert dropped in await world.stored()
-    # It is looked for again, ever more rarely, and not for ever.
-    assert world.state.next_look_at() == world.clock.now_ms() + (2 * HOUR + 310_000) // 60
+    # It is looked for again, the more rarely the older it is.
+    assert world.state.next_look_at() == world.clock.now_ms() + (2 * HOUR + FIVE + 10_000) // 60
     world.trade(400, start=T0 + HOUR)
     await world.clock.advance(24 * HOUR)
     await world.settle(end=T0 + HOUR)
+    assert world.state.next_look_at() == world.clock.now_ms() + (26 * HOUR + FIVE + 10_000) // 60
+    # Whenever it is told again, that is its last look.
+    world.trade(400)
+    await world.clock.advance(HOUR)
+    await world.settle(end=T0 + HOUR)
     assert world.state.next_look_at() is None
+
+
+async def test_what_the_exchange_offers_no_more_is_not_looked_for_after_a_day() -> None:
+    world = World(now=T0 + HOUR + 10_000)
+    world.trade(600)
+    await world.settle()
+    world.exchange.history_ms = 2 * HOUR
+    await world.clock.advance(20 * HOUR)
+    await world.settle(end=T0 + HOUR)
+    assert world.state.next_look_at() == world.clock.now_ms() + HOUR
+    await world.clock.advance(6 * HOUR)
+    await world.settle(end=T0 + HOUR)
+    assert world.state.next_look_at() is None
+    assert len(await world.stored()) == 12
 
 
 async def test_the_book_at_the_close_is_stored_with_its_candle() -> None:
