@@ -44,7 +44,7 @@ run-live: setup ## The same on the real exchanges
 	@exec $(BIN)/python -m demo --live
 
 test: setup $(AZURITE_READY) ## Run every test
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 drill: setup ## Kill the service thirty times and lie to it, and compare what is left (14 minutes)
 	@CB_TRADE_DRILL=long $(BIN)/python -m pytest -s data-service/tests/drills
