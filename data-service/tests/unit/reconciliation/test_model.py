@@ -326,12 +326,12 @@ class World:
 
 Event = Callable[[World, int], Awaitable[None]]
 EVENTS: tuple[Event, ...] = (
-    World.pass_a_little, World.pass_a_little, World.pass_minutes, World.pass_hours, World.correct, World.correct,
-    World.publish_late, World.fail_exchange, World.mend_exchange, World.leave_rows_out, World.skew,
-    World.fail_storage, World.fail_writes, World.kill_while_writing, World.mend_storage,
-    World.lose_documents, World.break_documents, World.restart, World.restart_without_ledger,
-    World.restart_with_old_ledger, World.restart_with_broken_ledger, World.refresh,
-    World.settle_looks,
+    World.pass_a_little, World.pass_a_little, World.pass_minutes, World.pass_hours,
+    World.correct, World.correct, World.publish_late, World.fail_exchange, World.mend_exchange,
+    World.leave_rows_out, World.skew, World.fail_storage, World.fail_writes,
+    World.kill_while_writing, World.mend_storage, World.lose_documents, World.break_documents,
+    World.restart, World.restart_without_ledger, World.restart_with_old_ledger,
+    World.restart_with_broken_ledger, World.refresh, World.settle_looks,
 )  # fmt: skip
 STORY = st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 59)), min_size=5, max_size=30)
 
