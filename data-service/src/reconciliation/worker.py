@@ -234,6 +234,8 @@ class SettlingWorker:
                 self._busy.discard(job.state)
             if more:
                 self._queues[job.priority].append(job)
+            # Where all is settled nothing was waited for: the loop has others to serve.
+            await asyncio.sleep(0)
 
     def _take(self) -> tuple[_Job, Priority] | None:
         """The job whose page is next, out of its queue, and how urgently it may ask."""
@@ -241,7 +243,7 @@ class SettlingWorker:
         for priority in reversed(Priority) if fair else Priority:
             queue = self._queues[priority]
             # Of one series what is live goes first all the same: it may leave the other nothing.
-            live = {job.state for job in self._queues[Priority.LIVE]} if priority else set()
+            live = set() if priority is Priority.LIVE else self._waiting_live()
             for at, job in enumerate(queue):
                 if job.state in self._busy or job.state in live:
                     continue
@@ -251,6 +253,9 @@ class SettlingWorker:
                 # The exchange's limiter knows no turns: there, too, it must not wait for ever.
                 return job, min(priority, Priority.REQUEST) if fair else priority
         return None
+
+    def _waiting_live(self) -> set[SeriesState]:
+        return {job.state for job in self._queues[Priority.LIVE]}
 
     async def _work(self, job: _Job, priority: Priority) -> bool:
         """Settle one page of a job; whether it has to be queued again."""
