@@ -246,6 +246,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
             stored = view.stored_ranges(TimeRange(0, now))
             start = stored[0].start if stored else now
         wanted = TimeRange(start, now)
+        # What is read for that may show that a document is broken: ranges and gaps come after it.
         await view.learn_books(wanted)
         ranges = view.stored_ranges(wanted)
         step = series.interval.milliseconds

@@ -325,11 +325,13 @@ class SeriesState(ISeriesView):
         )
         # A listing may or may not show what was stored while it was made.
         held = RangeSet((*runs, *self._stored_meanwhile.within(part)))
+        lost = False
         for gone in held.missing(part):
-            for lost in self._stored.within(gone):
-                self._due.remove(lost)
+            for known in self._stored.within(gone):
+                self._due.remove(known)
             self._stored.remove(gone)
             for proofs in (self._ledger.verified, self._ledger.booked, self._ledger.bookless):
+                lost |= bool(proofs.within(gone))
                 self._drop(proofs, gone)
         for run in held:
             for found in self._stored.missing(run):
@@ -343,6 +345,9 @@ class SeriesState(ISeriesView):
         reaches_now = part.end >= self._series.interval.floor(self._clock.now_ms())
         until = _FOREVER if reaches_now and not self._listed.within(part) else part.end
         self._listed.set(TimeRange(part.start, until), now)
+        if lost:
+            # Whoever is killed once they are stored anew must not find what was known of them.
+            await self.save()
 
     async def _learn_books_of(self, page: TimeRange) -> None:
         entries = await self._storage.get_raw_data_range(

@@ -51,8 +51,8 @@ class InMemoryStorage(IRawDataStorage):
     """A storage root in a dictionary.
 
     ``blobs`` is everything stored, by path; ``fail_with`` is raised by every method while it is
-    set; ``writes`` lists the paths written, in order; ``warns`` is what it warns about;
-    ``collector`` is who holds the collector's lock, which tests may set to somebody else.
+    set, ``fail_writes_with`` by those that write; ``writes`` lists the paths written, in order;
+    ``warns`` is what it warns about; ``collector`` is who holds the collector's lock, which tests may set to somebody else.
     """
 
     def __init__(self, name: str = "root") -> None:
@@ -60,6 +60,7 @@ class InMemoryStorage(IRawDataStorage):
         self.writes: list[str] = []
         self.warns: list[str] = []
         self.fail_with: StorageError | None = None
+        self.fail_writes_with: StorageError | None = None
         self.collector: str | None = None
         self.opened = False
         self.closed = False
@@ -108,7 +109,7 @@ class InMemoryStorage(IRawDataStorage):
             encoded.append((path, encode_document(path, data)))
             if expected is not None:
                 wanted[path] = expected.get(to_milliseconds(timestamp))
-        self.check()
+        self.check_writes()
         for path, version in wanted.items():
             if self.blobs.version(path) != version:
                 raise StaleVersion(f"{path}: written by another meanwhile; read it again")
@@ -224,11 +225,11 @@ class InMemoryStorage(IRawDataStorage):
 
     async def write_blob(self, path: str, content: bytes) -> None:
         StoragePathUtility.check_blob_path(path)
-        self.check()
+        self.check_writes()
         self._put(path, content)
 
     async def check_writable(self) -> None:
-        self.check()
+        self.check_writes()
 
     async def warnings(self) -> list[str]:
         self.check()
@@ -244,6 +245,12 @@ class InMemoryStorage(IRawDataStorage):
         """Fail while the storage is told to."""
         if self.fail_with is not None:
             raise self.fail_with
+
+    def check_writes(self) -> None:
+        """Fail while writing is told to."""
+        self.check()
+        if self.fail_writes_with is not None:
+            raise self.fail_writes_with
 
     def _put(self, path: str, content: bytes) -> None:
         self.blobs[path] = content

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from domain.entry import Entry
 from domain.gap import Gap, GapReason
 from domain.time_range import TimeRange
 from errors import CoinNotAvailable, InvalidRequest, NoData
@@ -17,7 +18,7 @@ from historical.manager import HistoricalDataManagerImpl
 from storage.interfaces import StorageUnavailable
 from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
-from tests.support.market import FIVE, HOUR, MINUTE, T0, candles
+from tests.support.market import FIVE, HOUR, MINUTE, T0, book, candles, entry
 
 
 class Socket:
@@ -289,3 +290,33 @@ async def test_coverage_of_what_is_not_collected_counts_from_its_first_entry() -
         coverage = await history(world).get_coverage("BTC")
     assert (coverage.first, coverage.expected, coverage.stored) == (T0 + 22 * HOUR, 24, 12)
     assert {gap.reason for gap in coverage.gaps} == {GapReason.PENDING}
+
+
+async def test_coverage_counts_books_also_when_the_ledger_was_lost() -> None:
+    world = Collecting()
+    booked = make_books(T0 + 22 * HOUR, 6)
+    await world.storage.store_batch(booked)
+    async with world.running():
+        first = await history(world).get_coverage("BTC")
+        del world.raw.blobs["ledger/crypto.com/BTC/5m.json"]
+        world.reconciler.collect()
+        again = await history(world).get_coverage("BTC")
+    assert (first.stored, first.with_order_book) == (6, 6)
+    assert again == first
+
+
+async def test_coverage_makes_nothing_up_while_storage_is_away() -> None:
+    world = Collecting()
+    await world.storage.store_batch(make_books(T0 + 22 * HOUR, 6))
+    world.raw.fail_with = StorageUnavailable("away")
+    async with world.running():
+        with pytest.raises(StorageUnavailable):
+            await history(world).get_coverage("BTC", exchange="crypto.com")
+
+
+def make_books(start: int, count: int) -> list[Entry]:
+    """Entries with an order book each."""
+    return [
+        entry(at).with_order_book(book(at + FIVE - 50))
+        for at in range(start, start + count * FIVE, FIVE)
+    ]
