@@ -105,6 +105,7 @@ class SeriesState(ISeriesView):
         return self._market
 
     async def load(self, wanted: TimeRange) -> None:
+        wanted = self._whole_periods(wanted)
         async with self._load_lock:
             if not self._ledger_loaded:
                 await self._load_ledger()
@@ -117,6 +118,7 @@ class SeriesState(ISeriesView):
                 await self._list(part)
 
     async def refresh(self, wanted: TimeRange) -> None:
+        wanted = self._whole_periods(wanted)
         async with self._load_lock:
             for part, _ in self._listed.within(wanted):
                 await self._list(part)
@@ -311,6 +313,11 @@ class SeriesState(ISeriesView):
         for run, proven_at in self._ledger.suspected:
             self._due.set(run, proven_at + SECOND_PROOF_MS)
         self._ledger_loaded = True
+
+    def _whole_periods(self, wanted: TimeRange) -> TimeRange:
+        """Every period that ``wanted`` meets: what is listed in part would be half unknown."""
+        interval = self._series.interval
+        return TimeRange(interval.floor(wanted.start), interval.ceil(wanted.end))
 
     async def _list(self, part: TimeRange) -> None:
         """Learn what storage holds of ``part``; the load lock is held."""

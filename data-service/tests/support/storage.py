@@ -52,7 +52,8 @@ class InMemoryStorage(IRawDataStorage):
 
     ``blobs`` is everything stored, by path; ``fail_with`` is raised by every method while it is
     set, ``fail_writes_with`` by those that write; ``writes`` lists the paths written, in order;
-    ``warns`` is what it warns about; ``collector`` is who holds the collector's lock, which tests may set to somebody else.
+    ``warns`` is what it warns about; ``collector`` is who holds the collector's lock, which tests
+    may set to somebody else.
     """
 
     def __init__(self, name: str = "root") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from historical.current_fetcher import CurrentDataFetcher
 from historical.fetcher import HistoricalFetcher
 from historical.manager import HistoricalDataManagerImpl
 from storage.interfaces import StorageUnavailable
+from storage.path_utility import StoragePathUtility
 from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
 from tests.support.market import FIVE, HOUR, MINUTE, T0, book, candles, entry
@@ -292,31 +294,153 @@ async def test_coverage_of_what_is_not_collected_counts_from_its_first_entry() -
     assert {gap.reason for gap in coverage.gaps} == {GapReason.PENDING}
 
 
-async def test_coverage_counts_books_also_when_the_ledger_was_lost() -> None:
-    world = Collecting()
-    booked = make_books(T0 + 22 * HOUR, 6)
-    await world.storage.store_batch(booked)
+LEDGER = StoragePathUtility.get_ledger_path("crypto.com", "BTC", interval="5m")
+
+
+async def with_books(world: Collecting, *periods: int) -> None:
+    """Half a day that is collected, in which these periods closed with a book."""
+    for period in periods:
+        stored = entry(period).with_order_book(book(period + FIVE - 50))
+        await world.storage.store_raw_data(stored)
     async with world.running():
-        first = await history(world).get_coverage("BTC")
-        del world.raw.blobs["ledger/crypto.com/BTC/5m.json"]
-        world.reconciler.collect()
-        again = await history(world).get_coverage("BTC")
-    assert (first.stored, first.with_order_book) == (6, 6)
-    assert again == first
+        await world.manager.add_coin("BTC")
+        await world.pass_time(2 * MINUTE)
+    world.assemble()
 
 
-async def test_coverage_makes_nothing_up_while_storage_is_away() -> None:
+def document(period: int) -> str:
+    return StoragePathUtility.get_raw_data_path("crypto.com", "BTC", period)
+
+
+async def test_coverage_knows_the_books_of_entries_without_a_ledger() -> None:
     world = Collecting()
-    await world.storage.store_batch(make_books(T0 + 22 * HOUR, 6))
+    await with_books(world, T0 + 15 * HOUR, T0 + 23 * HOUR)
+    del world.raw.blobs[LEDGER]
+    async with world.running():
+        assert (await history(world).get_coverage("BTC")).with_order_book == 2
+
+
+async def test_coverage_knows_the_books_stored_after_the_ledger_was_kept_last() -> None:
+    world = Collecting()
+    await with_books(world, T0 + 15 * HOUR)
+    kept = world.raw.blobs[LEDGER]
+    async with world.running():
+        close = T0 + 24 * HOUR + FIVE
+        world.exchange.book = book(close - 50)
+        await world.pass_time(close + 20_000 - world.clock.now_ms())
+    # The process was killed between storing the entry and keeping the ledger.
+    assert Entry.from_document(json.loads(world.raw.blobs[document(close - FIVE)])).order_book
+    world.raw.blobs[LEDGER] = kept
+    world.assemble()
+    async with world.running():
+        coverage = await history(world).get_coverage("BTC")
+    assert coverage.with_order_book == 2
+    assert coverage.last == close - FIVE
+
+
+async def test_coverage_reads_a_document_once_to_know_of_its_book() -> None:
+    world = Collecting()
+    await with_books(world, T0 + 15 * HOUR)
+    del world.raw.blobs[LEDGER]
+    await history(world).get_coverage("BTC")
+    world.assemble()
+    reads = await documents_read(world)
+    # Those that ended a little more than an hour ago may still be given a book.
+    assert min(reads) >= T0 + 22 * HOUR + 45 * MINUTE
+
+
+async def test_coverage_of_what_was_filled_from_history_reads_nothing_old() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(2 * MINUTE)
+    world.assemble()
+    reads = await documents_read(world)
+    assert min(reads) >= T0 + 22 * HOUR + 45 * MINUTE
+
+
+async def documents_read(world: Collecting) -> list[int]:
+    """The periods whose documents a coverage in a fresh process reads."""
+    reads: list[int] = []
+    get_range = world.raw.get_range
+
+    async def noting(*args: Any, **options: Any) -> list[Any]:
+        found = await get_range(*args, **options)
+        reads.extend(item.timestamp for item in found)
+        return found
+
+    world.raw.get_range = noting  # type: ignore[method-assign]
+    await history(world).get_coverage("BTC")
+    return reads
+
+
+async def test_a_book_that_was_lost_with_its_document_is_not_counted() -> None:
+    world = Collecting()
+    await with_books(world, T0 + 15 * HOUR, T0 + 16 * HOUR)
+    async with world.running():
+        assert (await history(world).get_coverage("BTC")).with_order_book == 2
+        del world.raw.blobs[document(T0 + 15 * HOUR)]
+        await world.pass_time(HOUR + 2 * MINUTE)
+        coverage = await history(world).get_coverage("BTC")
+    # The hourly repair has fetched the candle anew; nobody can fetch its book.
+    assert coverage.stored == coverage.expected
+    assert coverage.with_order_book == 1
+
+
+async def test_a_document_deleted_behind_the_services_back_is_a_gap_after_an_hour() -> None:
+    world = Collecting()
+    await with_books(world)
+    async with world.running():
+        await world.pass_time(MINUTE)
+        del world.raw.blobs[document(T0 + 15 * HOUR)]
+        world.exchange.fail_with = ExchangeUnavailable("503")
+        await world.pass_time(HOUR + 2 * MINUTE)
+        coverage = await history(world).get_coverage("BTC")
+    gone = TimeRange(T0 + 15 * HOUR, T0 + 15 * HOUR + FIVE)
+    assert gone in [gap.range for gap in coverage.gaps]
+
+
+async def test_a_deleted_document_of_what_nobody_collects_is_a_gap_after_an_hour() -> None:
+    world = Collecting()
+    async with world.running():
+        await history(world).get_historical_data("BTC", T0, T0 + HOUR)
+        assert (await history(world).get_coverage("BTC")).stored == 12
+        del world.raw.blobs[document(T0 + FIVE)]
+        await world.pass_time(HOUR)
+        coverage = await history(world).get_coverage("BTC")
+    assert coverage.stored == 11
+    assert coverage.gaps[0] == Gap(TimeRange(T0 + FIVE, T0 + 2 * FIVE), GapReason.PENDING)
+
+
+async def test_coverage_without_storage_is_an_error_and_nothing_is_made_up() -> None:
+    world = Collecting()
+    await with_books(world, T0 + 15 * HOUR)
     world.raw.fail_with = StorageUnavailable("away")
+    with pytest.raises(StorageUnavailable):
+        await history(world).get_coverage("BTC")
+    world.raw.fail_with = None
+    coverage = await history(world).get_coverage("BTC")
+    assert (coverage.stored, coverage.with_order_book) == (144, 1)
+
+
+async def test_coverage_of_a_target_that_begins_later_expects_nothing_yet() -> None:
+    world = Collecting()
     async with world.running():
-        with pytest.raises(StorageUnavailable):
-            await history(world).get_coverage("BTC", exchange="crypto.com")
+        await history(world).get_historical_data("BTC", T0, T0 + HOUR)
+        await world.manager.add_coin("BTC", since=T0 + 24 * HOUR + 10_000)
+        coverage = await history(world).get_coverage("BTC")
+    assert (coverage.expected, coverage.stored, coverage.first) == (0, 0, None)
+    assert (coverage.gaps, coverage.ranges) == ((), ())
 
 
-def make_books(start: int, count: int) -> list[Entry]:
-    """Entries with an order book each."""
-    return [
-        entry(at).with_order_book(book(at + FIVE - 50))
-        for at in range(start, start + count * FIVE, FIVE)
-    ]
+async def test_coverage_in_a_process_that_stands_by_says_what_the_other_one_stored() -> None:
+    world = Collecting()
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        world.exchange.book = book(T0 + 24 * HOUR + FIVE)
+        await world.pass_time(FIVE)
+        other = await world.beside()
+        await other.collection.load()
+        told = await history(other).get_coverage("BTC")
+        assert told.with_order_book == 1
+        assert told == await history(world).get_coverage("BTC")

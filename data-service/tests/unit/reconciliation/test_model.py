@@ -283,6 +283,7 @@ class World:
         self.check_documents()
         for gap in report.gaps:
             periods = range(gap.range.start, gap.range.end, FIVE)
+            assert BTC_5M.interval.is_aligned(gap.range.start)
             assert gap.reason is not GapReason.NOT_OFFERED
             if gap.reason is GapReason.UNREACHABLE:
                 assert self.exchange.error is not None
@@ -331,7 +332,8 @@ EVENTS: tuple[Event, ...] = (
     World.leave_rows_out, World.skew, World.fail_storage, World.fail_writes,
     World.kill_while_writing, World.mend_storage, World.lose_documents, World.break_documents,
     World.restart, World.restart_without_ledger, World.restart_with_old_ledger,
-    World.restart_with_broken_ledger, World.refresh, World.settle_looks,
+    World.restart_with_broken_ledger, World.settle_looks, World.refresh, World.refresh,
+    World.refresh,
 )  # fmt: skip
 STORY = st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 59)), min_size=5, max_size=30)
 
