@@ -109,7 +109,8 @@ class CryptocomProtocol(IProtocol):
         return handle
 
     def _get_instruments(self, query: Mapping[str, str]) -> dict[str, Any]:  # noqa: ARG002
-        return {"data": [_instrument(item) for item in self._venue.instruments()]}
+        listed = filter(self._venue.is_listed, self._venue.instruments())
+        return {"data": [_instrument(item) for item in listed]}
 
     def _get_candlestick(self, query: Mapping[str, str]) -> dict[str, Any]:
         instrument = self._instrument(query)
@@ -138,7 +139,11 @@ class CryptocomProtocol(IProtocol):
         if "instrument_name" in query:
             wanted = [self._instrument(query)]
         else:
-            wanted = [item for item in self._venue.instruments() if item.active]
+            wanted = [
+                item
+                for item in self._venue.instruments()
+                if item.active and self._venue.is_listed(item)
+            ]
         return {"data": [_ticker(item, self._venue.ticker(item)) for item in wanted]}
 
     def _get_trades(self, query: Mapping[str, str]) -> dict[str, Any]:
@@ -154,9 +159,10 @@ class CryptocomProtocol(IProtocol):
         name = query.get("instrument_name")
         if name is None:
             raise _Refused(_BAD_PARAMETER, "Missing or invalid argument: instrument_name")
-        if name not in self._instruments:
+        instrument = self._instruments.get(name)
+        if instrument is None or not self._venue.is_listed(instrument):
             raise _Refused(_UNKNOWN_INSTRUMENT, f"Unknown symbol: {name}")
-        return self._instruments[name]
+        return instrument
 
     def _interval(self, instrument: Instrument, name: str) -> Interval:
         known = _INTERVALS.get(name)

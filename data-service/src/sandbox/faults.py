@@ -39,6 +39,7 @@ KINDS: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
     "final_update_withheld": (_CANDLE_FILTERS, frozenset()),
     "refuse_connections": (frozenset(), frozenset()),
     "ws_refuse": (frozenset({"status"}), frozenset()),
+    "delisted": (frozenset({"instrument"}), frozenset({"instrument"})),
 }
 _PRICES: Final = ("open", "high", "low", "close", "volume")
 

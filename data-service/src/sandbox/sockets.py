@@ -360,6 +360,8 @@ class Hub:
             "channel": feed.channel,
         }
         faults = self._venue.faults
+        if not self._venue.is_listed(feed.instrument):
+            return
         if faults.take("mute_sockets", **names) is not None:
             return
         if faults.take("ws_broken_frame", **names) is not None:

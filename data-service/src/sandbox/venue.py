@@ -84,7 +84,12 @@ class Venue:
         self.faults = faults
 
     def instruments(self) -> Sequence[Instrument]:
+        """Every market there is, those included that a fault has delisted."""
         return self.prices.markets()
+
+    def is_listed(self, instrument: Instrument) -> bool:
+        """Whether the exchange knows of ``instrument`` now; to be asked when it is asked for."""
+        return self.faults.take("delisted", instrument=instrument.symbol) is None
 
     def candles(
         self, instrument: Instrument, interval: Interval, part: TimeRange, limit: int

@@ -308,10 +308,55 @@ async def test_refused_sockets_get_a_status_while_rest_goes_on(
     assert await http.hits(number) == 1
 
 
+async def listed(http: Http) -> set[str]:
+    _, answer = await http.get("/exchange/v1/public/get-instruments")
+    return {item["symbol"] for item in answer["result"]["data"]}
+
+
+async def test_a_delisted_instrument_is_as_unknown_as_one_that_never_was(http: Http) -> None:
+    before = await listed(http)
+    number = await http.fault(kind="delisted", instrument="BTC/USD")
+    assert await listed(http) == before - {"BTC_USD"}
+    for path, query in ((CANDLES, {"timeframe": "1m"}), (BOOK, {})):
+        gone = await http.get(path, instrument_name="BTC_USD", **query)
+        never = await http.get(path, instrument_name="NO_SUCH", **query)
+        assert gone[0] == never[0] == 400
+        assert gone[1]["code"] == never[1]["code"] == 30003
+        assert (await http.get(path, instrument_name="ETH_USD", **query))[0] == 200
+    assert await http.hits(number) == 3
+    await http.send("DELETE", f"/_control/faults?id={number}")
+    assert await listed(http) == before
+    assert (await beat(http))[0] == 200
+
+
+async def test_feeds_of_a_delisted_instrument_fall_silent_and_new_ones_are_refused() -> None:
+    config = SandboxConfig(market_clock=clock_at(NOON_MS, speed=100))
+    async with (
+        running_sandbox(config) as sandbox,
+        http_to(sandbox) as http,
+        listening(sandbox, "candlestick.1m.BTC_USD", "ticker.BTC_USD", "ticker.ETH_USD") as old,
+    ):
+        assert {(await old.data())["subscription"] for _ in range(6)} > {"ticker.BTC_USD"}
+        number = await http.fault(kind="delisted", instrument="BTC_USD")
+        # What had been sent before the fault acted may still arrive.
+        while await http.hits(number) < 4:
+            await old.data()
+        assert {(await old.data())["subscription"] for _ in range(6)} == {"ticker.ETH_USD"}
+        async with listening(sandbox, "book.BTC_USD.10") as new:
+            assert (await new.message())["code"] == 0
+            refused = await new.message()
+            assert refused["code"] == 30003
+            assert "book.BTC_USD.10" in refused["original"]
+        await http.send("DELETE", "/_control/faults")
+        while (await old.data())["subscription"] != "ticker.BTC_USD":
+            pass
+
+
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [
         ({"kind": "earthquake"}, "earthquake"),
+        ({"kind": "delisted"}, "needs instrument"),
         ({}, "does not exist"),
         ([{"kind": "rest_empty"}, 5], "JSON object"),
         ({"kind": "rest_status"}, "needs status"),
