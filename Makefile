@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 AZURITE := data-service/tests/azurite
 AZURITE_READY := $(AZURITE)/node_modules/.ready
 
-.PHONY: help setup run run-live test check format bench lock clean
+.PHONY: help setup run run-live test drill check format bench lock clean
 
 help: ## Show what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,7 +44,10 @@ run-live: setup ## The same on the real exchanges
 	@exec $(BIN)/python -m demo --live
 
 test: setup $(AZURITE_READY) ## Run every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+
+drill: setup ## Kill the service thirty times and lie to it, and compare what is left (14 minutes)
+	@CB_TRADE_DRILL=long $(BIN)/python -m pytest -s data-service/tests/drills
 
 check: setup ## Lint, types and the architecture rules
 	@$(BIN)/ruff format --check data-service

@@ -1,4 +1,4 @@
-"""The command ``cb-trade-data``: serve, sandbox, token."""
+"""The command ``cb-trade-data``: serve, verify, sandbox, token."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ MESSAGE_BYTES: Final = 64 * 1024
 DRAIN_S: Final = 5
 DEFAULT_SCOPE: Final = "data:read data:write"
 DEFAULT_TTL_S: Final = 3600
+MOST_DAYS: Final = 36_500
+INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataServiceError as exc:
         print(f"cb-trade-data: {exc.message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return code
 
 
@@ -46,6 +50,23 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="run the service; settings come from the environment")
     serve.set_defaults(run=_serve)
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare what is stored with what the exchanges say now; changes nothing",
+        description=(
+            "Compares what is stored, in the storage or in its spool, with what the exchanges say "
+            "now, from each target's since to the last period that ended 60 s ago (market time) "
+            "and may so be expected to be settled. Changes nothing, and may run beside a service. "
+            "Exit code: 0 all that could be checked is equal, 1 something differs, 2 something "
+            "could not be checked at all."
+        ),
+    )
+    verify.add_argument("--coin", help="only targets of this coin")
+    verify.add_argument("--exchange", help="only targets on this exchange")
+    verify.add_argument("--interval", help="only targets of this interval")
+    verify.add_argument("--days", type=_days, metavar="N", help="only the last N days")
+    verify.set_defaults(run=_verify)
 
     sandbox = commands.add_parser(
         "sandbox", help="run a simulated exchange on loopback, to try everything without a network"
@@ -92,6 +113,30 @@ def _serve(_: argparse.Namespace) -> int:
     listener = _listen(settings)
     server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+def _verify(options: argparse.Namespace) -> int:
+    import verify  # noqa: PLC0415
+
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    return verify.run(
+        settings,
+        coin=options.coin,
+        exchange=options.exchange,
+        interval=options.interval,
+        days=options.days,
+    )
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = 0.0
+    if not 0 < days <= MOST_DAYS:
+        raise argparse.ArgumentTypeError(f"takes a number of days above 0 and up to {MOST_DAYS}")
+    return days
 
 
 def _listen(settings: Settings) -> socket.socket:

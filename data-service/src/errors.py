@@ -24,6 +24,7 @@
     |   `-- StorageConflict       terminal: an entry of another market, a root of another kind
     `-- TargetError               target_management: the table did not do what was asked
         |-- TargetStoreUnavailable  retryable: the table cannot be reached
+        |   `-- TargetStoreDenied   credentials or permissions are wrong
         `-- TargetSchemaMismatch    terminal: the table has other columns
 
 The branches of exchange_source, storage and target_management stand in the ``interfaces.py`` of

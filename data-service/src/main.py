@@ -41,7 +41,7 @@ from storage.interfaces import (
 from storage.manager import StorageManagerImpl
 from storage.root_stamp import check_stamp, write_stamp
 from storage.spool import Spool
-from target_management.interfaces import TargetStoreUnavailable
+from target_management.interfaces import TargetStoreDenied, TargetStoreUnavailable
 from target_management.manager import TargetManager
 
 log = structlog.get_logger(__name__)
@@ -216,7 +216,7 @@ async def _start(role: CollectorRole, *, patient: bool) -> None:
     away for now does not, since it may come back without anybody's doing."""
     try:
         await role.start()
-    except StorageDenied:
+    except (StorageDenied, TargetStoreDenied):
         raise
     except (StorageUnavailable, TargetStoreUnavailable) as exc:
         if not patient:

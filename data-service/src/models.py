@@ -288,6 +288,13 @@ class TargetModel(BaseModel):
 class AddCoinResponse(BaseModel):
     status: Literal["added", "already_collecting"]
     target: TargetModel
+    unreachable: Annotated[
+        list[str],
+        Field(
+            description="Exchanges that would have been chosen first and could not be asked; "
+            "left out where there are none."
+        ),
+    ] = []
 
 
 class RemoveCoinResponse(BaseModel):

@@ -114,7 +114,7 @@ def _problems(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
 
 
 _READ: Final = Depends(require_scope(READ_SCOPE))
-_WRITE: Final = Depends(require_scope(WRITE_SCOPE))
+Writer = Annotated[Principal, Depends(require_scope(WRITE_SCOPE))]
 _NOT_FOUND: Final = HTTPStatus.NOT_FOUND
 _UNAVAILABLE: Final = HTTPStatus.SERVICE_UNAVAILABLE
 
@@ -125,9 +125,9 @@ operations: Final = APIRouter(prefix="/api/v1", tags=["market data"])
     "/coins",
     operation_id="add_coin",
     summary="Start collecting a coin",
-    dependencies=[_WRITE],
     status_code=HTTPStatus.CREATED,
     response_model=AddCoinResponse,
+    response_model_exclude_unset=True,
     responses={
         201: _ok({"status": "added", "target": {**_TARGET, "state": "starting"}}),
         200: _ok(
@@ -137,27 +137,32 @@ operations: Final = APIRouter(prefix="/api/v1", tags=["market data"])
     },
 )
 async def add_coin(
-    request: AddCoinRequest, services: WithServices, response: Response
+    request: AddCoinRequest, services: WithServices, user: Writer, response: Response
 ) -> dict[str, Any]:
     """Collect the candles of a coin from now on, and fill its recent history in the background.
 
     Calling it again for the same coin changes nothing and answers `already_collecting`. Fails
     with `coin_not_available` when no exchange lists the coin; `check_availability` tells
-    beforehand. History can be read without adding a coin.
+    beforehand. `unreachable` names the exchanges that would have been chosen first and could not
+    be asked. History can be read without adding a coin.
     """
     result = await services.collection.add_coin(
-        request.coin, exchange=request.exchange, interval=request.interval, since=request.since
+        request.coin,
+        exchange=request.exchange,
+        interval=request.interval,
+        since=request.since,
+        by=user.subject,
     )
     if result.status == "already_collecting":
         response.status_code = HTTPStatus.OK
-    return {"status": result.status, "target": target_out(result.target)}
+    answer = {"status": result.status, "target": target_out(result.target)}
+    return answer | ({"unreachable": list(result.unreachable)} if result.unreachable else {})
 
 
 @operations.delete(
     "/coins",
     operation_id="remove_coin",
     summary="Stop collecting a coin",
-    dependencies=[_WRITE],
     response_model=RemoveCoinResponse,
     responses={
         200: _ok({"status": "removed", "target": {**_TARGET, "enabled": False}}),
@@ -165,7 +170,7 @@ async def add_coin(
     },
 )
 async def remove_coin(
-    query: Annotated[RemoveCoinRequest, Query()], services: WithServices
+    query: Annotated[RemoveCoinRequest, Query()], services: WithServices, user: Writer
 ) -> dict[str, Any]:
     """Stop collecting a coin. What is stored stays and can still be read.
 
@@ -173,7 +178,7 @@ async def remove_coin(
     error names them.
     """
     removed = await services.collection.remove_coin(
-        query.coin, exchange=query.exchange, interval=query.interval
+        query.coin, exchange=query.exchange, interval=query.interval, by=user.subject
     )
     return {"status": "removed", "target": target_out(removed)}
 

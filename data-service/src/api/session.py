@@ -371,7 +371,10 @@ class Session:
         may_add = WRITE_SCOPE in self._principal.scopes
         if may_add:
             added = await self._collection.add_coin(
-                coin, exchange=exchange, interval=message.interval
+                coin,
+                exchange=exchange,
+                interval=message.interval,
+                by=self._principal.subject,
             )
             coin, exchange = added.target.target.coin, added.target.target.exchange
         stream = self._collection.stream_realtime_data(
@@ -486,7 +489,10 @@ class Session:
         if WRITE_SCOPE in self._principal.scopes:
             try:
                 await self._collection.add_coin(
-                    message.coin, exchange=message.exchange, interval=message.interval
+                    message.coin,
+                    exchange=message.exchange,
+                    interval=message.interval,
+                    by=self._principal.subject,
                 )
             except DataServiceError as exc:
                 # What was asked for is history, which may be had where collecting cannot begin:

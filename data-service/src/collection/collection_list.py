@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from domain.series import Series
-from target_management.interfaces import ITargetManager, Target
+from target_management.interfaces import SERVICE, ITargetManager, Target
 
 
 class CoinCollectionList:
@@ -42,26 +42,26 @@ class CoinCollectionList:
         """Every target, by id."""
         return sorted(self._targets.values(), key=lambda target: target.target_id)
 
-    async def add(self, target: Target) -> Target:
+    async def add(self, target: Target, *, by: str = SERVICE) -> Target:
         """Write a target through; one that the table has already, disabled ones included, is
-        enabled and kept as it is.
+        enabled and kept as it is. ``by`` is who asked for it, for the table's history.
 
         Returns:
             The target as the table has it.
         """
-        if not await self._table.add_target(target):
+        if not await self._table.add_target(target, by=by):
             kept = await self._table.get_target(target.target_id)
             if kept is not None and not kept.enabled:
-                kept = await self._table.update_target(target.target_id, enabled=True)
+                kept = await self._table.update_target(target.target_id, by=by, enabled=True)
             target = kept if kept is not None else target
         self._targets[target.series] = target
         return target
 
-    async def set_enabled(self, target: Target, *, enabled: bool) -> None:
+    async def set_enabled(self, target: Target, *, enabled: bool, by: str = SERVICE) -> None:
         """Write through whether a target is resumed at the next start."""
-        await self._table.update_target(target.target_id, enabled=enabled)
+        await self._table.update_target(target.target_id, by=by, enabled=enabled)
 
-    async def remove(self, target: Target) -> None:
+    async def remove(self, target: Target, *, by: str = SERVICE) -> None:
         """Take a target from the table and the list."""
-        await self._table.delete_target(target.target_id)
+        await self._table.delete_target(target.target_id, by=by)
         self._targets.pop(target.series, None)

@@ -1,25 +1,30 @@
 """The feed supervisor of one exchange: starts its streams, and judges whether they are alive.
 
-A feed is alive when data arrives within its rhythm; pings prove nothing. A stream that ends is
-started again with a growing, jittered pause; a feed that has gone mute has its connections closed,
-so that each of its streams ends and is started anew.
+A feed is alive when data arrives within its rhythm; pings prove nothing. It is lost when the last
+of its streams has ended, or when it has gone mute: then its connections are closed, so that each
+of its streams ends. While it is lost one stream at a time tries, in turn, with a growing, jittered
+pause between; what is heard first lets all the others go. A single stream that ends while others
+run is started again with a pause of its own and disturbs nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import Final, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Final, Generic, Literal, TypeVar
 
 import structlog
 
+from collection.waiting import first_of
 from domain.candle import CandleUpdate
 from domain.clock import IClock
 from domain.order_book import OrderBook
 from errors import DataServiceError
 from exchange_source.interfaces import (
+    ExchangeRefused,
     IExchangeAPIClient,
     IOrderBookHandle,
     IStreamHandle,
@@ -29,23 +34,53 @@ from exchange_source.interfaces import (
 # seconds, because on a fast market clock the network is as slow as ever.
 RHYTHM_MS: Final = 60_000
 RHYTHM_REAL_S: Final = 10.0
+# How often a lost feed is listened to; its books do not tell by themselves that they have come.
+LISTEN_EVERY_S: Final = 0.1
 FIRST_PAUSE_S: Final = 0.2
 LONGEST_PAUSE_S: Final = 30.0
-# A stream that lived this long starts its back-off anew.
+# A stream, or a feed, that lived this long starts its back-off anew.
 HEALTHY_AFTER_S: Final = 30.0
+# How long one stream of a lost feed may be silent before the next one tries too: its market may
+# be a quiet one.
+PROBE_S: Final = 2.0
+# A pause that the exchange asks for is kept up to this.
+LONGEST_ASKED_FOR_S: Final = 3600.0
 STOP_TIMEOUT_S: Final = 5.0
 
 FeedState = Literal["connected", "reconnecting"]
 StreamCallback = Callable[[CandleUpdate], Awaitable[None]]
+OnRefused = Callable[[ExchangeRefused], Awaitable[None]]
+"""Told that the exchange refuses a stream; returns when it is worth asking again."""
+
+_Handle = TypeVar("_Handle", bound=IStreamHandle)
+_Key = TypeVar("_Key", bound=Hashable)
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Running(Generic[_Handle]):
+    """A stream that runs, since when (market ms), and whether it is to be started anew."""
+
+    handle: _Handle
+    since: int
+    restart: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True)
+class _Tries:
+    """How long a lost feed is left alone, and whose turn it is to try (real time)."""
+
+    failures: int = 0
+    next_at: float = 0.0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class FeedSupervisor:
     """Keeps the candle streams and order books of one exchange running.
 
     ``on_state`` is told ``reconnecting`` when the feed is lost and ``connected`` when data
-    arrives again; ``on_reconnect`` of a market after its stream came back.
+    arrives again.
     """
 
     def __init__(
@@ -64,10 +99,14 @@ class FeedSupervisor:
         self._rng = rng
         self._exchange = client.get_exchange_name()
         self._state: FeedState | None = None
+        self._tries = _Tries()
+        self._heard = asyncio.Event()
+        self._connected_at = clock.monotonic()
         self._last_data_ms = clock.now_ms()
         self._last_data_real = clock.monotonic()
-        # Several targets may mean one market; each holds the book by a handle of its own.
-        self._books: dict[str, list[IOrderBookHandle]] = {}
+        # Several targets may mean one market; each holds its streams by handles of its own.
+        self._candles: dict[tuple[str, str], list[_Running[IStreamHandle]]] = {}
+        self._books: dict[str, list[_Running[IOrderBookHandle]]] = {}
         self._book_times: dict[str, int] = {}
         self._streams = 0
 
@@ -78,60 +117,53 @@ class FeedSupervisor:
 
     def note_data(self) -> None:
         """Data of any market of the exchange has arrived."""
-        self._last_data_ms = self._clock.now_ms()
-        self._last_data_real = self._clock.monotonic()
-        if self._state != "connected":
-            if self._state == "reconnecting":
-                log.info("feed_restored", exchange=self._exchange)
-            self._state = "connected"
-            self._on_state(self._exchange, "connected")
+        self._listen_from_now()
+        if self._state == "connected":
+            return
+        if self._state == "reconnecting":
+            log.info("feed_restored", exchange=self._exchange)
+        self._state = "connected"
+        self._connected_at = self._last_data_real
+        self._heard.set()
+        self._on_state(self._exchange, "connected")
 
     def book(self, market: str) -> OrderBook | None:
         """The top of the market's live book, or None."""
-        snapshots = (handle.snapshot() for handle in self._books.get(market, ()))
+        snapshots = (item.handle.snapshot() for item in self._books.get(market, ()))
         return next((book for book in snapshots if book is not None), None)
 
-    async def keep_candles(
-        self, market: str, interval: str, on_reconnect: Callable[[], None]
-    ) -> None:
+    @property
+    def heard_at(self) -> int:
+        """When (market ms) anything was heard of the exchange last."""
+        return self._last_data_ms
+
+    def heard_since(self, market: str, interval: str) -> int | None:
+        """Since when (market ms) every candle stream of the market has run, or None."""
+        running = self._candles.get((market, interval), ())
+        return max((item.since for item in running), default=None)
+
+    def restart_candles(self, market: str, interval: str) -> None:
+        """Subscribe anew to a market whose stream is silent though others speak."""
+        for item in self._candles.get((market, interval), ()):
+            item.restart.set()
+
+    async def keep_candles(self, market: str, interval: str, *, on_refused: OnRefused) -> None:
         """Keep one candle stream running until cancelled."""
+        await self._keep(
+            lambda: self._client.start_realtime_stream(market, interval, self._callback),
+            self._candles,
+            (market, interval),
+            on_refused=on_refused,
+        )
 
-        async def start() -> IStreamHandle:
-            return await self._client.start_realtime_stream(market, interval, self._callback)
-
-        self._streams += 1
-        # Silence is counted from the moment that there is something to hear.
-        self._last_data_ms = self._clock.now_ms()
-        self._last_data_real = self._clock.monotonic()
-        try:
-            await self._keep(start, on_reconnect, market=market)
-        finally:
-            self._streams -= 1
-
-    async def keep_book(self, market: str) -> None:
+    async def keep_book(self, market: str, *, on_refused: OnRefused) -> None:
         """Keep one order book running until cancelled."""
-
-        own: list[IOrderBookHandle] = []
-
-        def forget() -> None:
-            handles = self._books.get(market, [])
-            handles[:] = [handle for handle in handles if handle not in own]
-            own.clear()
-            if not handles:
-                self._books.pop(market, None)
-                self._book_times.pop(market, None)
-
-        async def start() -> IStreamHandle:
-            forget()
-            handle = await self._client.start_order_book_stream(market)
-            own.append(handle)
-            self._books.setdefault(market, []).append(handle)
-            return handle
-
-        try:
-            await self._keep(start, lambda: None, market=market)
-        finally:
-            forget()
+        await self._keep(
+            lambda: self._client.start_order_book_stream(market),
+            self._books,
+            market,
+            on_refused=on_refused,
+        )
 
     async def watch(self) -> None:
         """Judge the feed until cancelled."""
@@ -140,10 +172,19 @@ class FeedSupervisor:
             await self._clock.sleep_real(RHYTHM_REAL_S / 4)
             self._hear_books()
             if self._streams and self._is_mute():
-                self._lost("no data though the connection stands")
-                self._last_data_ms = self._clock.now_ms()
-                self._last_data_real = self._clock.monotonic()
+                self._lose("no data though the connection stands")
+                self._listen_from_now()
                 await self._client.reset_connections()
+
+    # -- inside -----------------------------------------------------------------------------
+
+    @property
+    def _is_lost(self) -> bool:
+        return self._state == "reconnecting"
+
+    def _listen_from_now(self) -> None:
+        self._last_data_ms = self._clock.now_ms()
+        self._last_data_real = self._clock.monotonic()
 
     def _is_mute(self) -> bool:
         return (
@@ -152,45 +193,119 @@ class FeedSupervisor:
         )
 
     def _hear_books(self) -> None:
-        for market in list(self._books):
-            book = self.book(market)
-            if book is not None and book.timestamp != self._book_times.get(market):
-                self._book_times[market] = book.timestamp
-                self.note_data()
+        books = ((market, self.book(market)) for market in self._books)
+        times = {market: book.timestamp for market, book in books if book is not None}
+        if any(time != self._book_times.get(market) for market, time in times.items()):
+            self.note_data()
+        self._book_times = times
 
     async def _keep(
         self,
-        start: Callable[[], Awaitable[IStreamHandle]],
-        on_reconnect: Callable[[], None],
+        start: Callable[[], Awaitable[_Handle]],
+        running: dict[_Key, list[_Running[_Handle]]],
+        key: _Key,
         *,
-        market: str,
+        on_refused: OnRefused,
     ) -> None:
         failures = 0
         while True:
             started = self._clock.monotonic()
             try:
-                handle = await start()
-                try:
-                    if failures:
-                        on_reconnect()
-                    await handle.wait()
-                finally:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(STOP_TIMEOUT_S):
-                            await handle.stop()
+                async with AsyncExitStack() as stack:
+                    async with self._turn():
+                        handle = await start()
+                        stack.push_async_callback(_stop, handle)
+                        item = stack.enter_context(self._counted(handle, running, key))
+                        if self._is_lost:
+                            await self._prove(handle)
+                    await first_of(handle.wait(), item.restart.wait())
+            except ExchangeRefused as exc:
+                failures = 0
+                await on_refused(exc)
             except DataServiceError as exc:
-                self._lost(exc.message, market=market)
                 if self._clock.monotonic() - started > HEALTHY_AFTER_S:
                     failures = 0
-                pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(failures, 16))
+                if self._streams == 0:
+                    self._lose(exc.message, retry_after=exc.retry_after)
+                if not self._is_lost:
+                    if failures == 1:
+                        log.warning(
+                            "stream_fails", exchange=self._exchange, stream=key, why=exc.message
+                        )
+                    await self._clock.sleep_real(self._pause(failures, exc.retry_after))
                 failures += 1
-                await self._clock.sleep_real(
-                    max(pause * self._rng.uniform(0.75, 1.25), exc.retry_after or 0.0)
-                )
 
-    def _lost(self, why: str, *, market: str | None = None) -> None:
-        if self._state == "reconnecting":
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Held while a stream is started: while the feed is lost by one at a time, not too soon."""
+        if not self._is_lost:
+            yield
             return
-        log.warning("feed_lost", exchange=self._exchange, market=market, why=why)
+        async with self._tries.turn:
+            pause = self._tries.next_at - self._clock.monotonic()
+            if self._is_lost and pause > 0:
+                await first_of(self._clock.sleep_real(pause), self._heard.wait())
+            try:
+                yield
+            except ExchangeRefused:
+                raise
+            except DataServiceError as exc:
+                self._put_off(exc.retry_after)
+                raise
+
+    async def _prove(self, handle: IStreamHandle) -> None:
+        """Wait for a sign of life of a feed that was lost, or for the end of the stream."""
+
+        async def listen() -> None:
+            while self._is_lost:
+                self._hear_books()
+                await self._clock.sleep_real(LISTEN_EVERY_S)
+
+        await first_of(handle.wait(), self._heard.wait(), listen(), self._clock.sleep_real(PROBE_S))
+
+    @contextmanager
+    def _counted(
+        self, handle: _Handle, running: dict[_Key, list[_Running[_Handle]]], key: _Key
+    ) -> Iterator[_Running[_Handle]]:
+        if self._streams == 0:
+            # Silence is counted from the moment that there is something to hear.
+            self._listen_from_now()
+        item = _Running(handle, self._clock.now_ms())
+        running.setdefault(key, []).append(item)
+        self._streams += 1
+        try:
+            yield item
+        finally:
+            self._streams -= 1
+            running[key].remove(item)
+            if not running[key]:
+                del running[key]
+
+    def _lose(self, why: str, *, retry_after: float | None = None) -> None:
+        if self._is_lost:
+            return
+        log.warning("feed_lost", exchange=self._exchange, why=why)
+        if self._clock.monotonic() - self._connected_at > HEALTHY_AFTER_S:
+            self._tries.failures = 0
+        self._put_off(retry_after)
+        self._heard.clear()
         self._state = "reconnecting"
         self._on_state(self._exchange, "reconnecting")
+
+    def _put_off(self, retry_after: float | None) -> None:
+        """Leave a lost feed alone for a while."""
+        pause = self._pause(self._tries.failures, retry_after)
+        self._tries.next_at = self._clock.monotonic() + pause
+        self._tries.failures += 1
+
+    def _pause(self, failures: int, retry_after: float | None) -> float:
+        """Real seconds until the next try."""
+        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(failures, 16))
+        asked_for = min(retry_after or 0.0, LONGEST_ASKED_FOR_S)
+        return max(pause * self._rng.uniform(0.75, 1.25), asked_for)
+
+
+async def _stop(handle: IStreamHandle) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await handle.stop()

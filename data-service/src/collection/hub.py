@@ -60,7 +60,16 @@ class Subscription:
         self.last_closed = topic.next_open - topic.step
         """The open of the newest closed period told before this subscription began."""
         self._ended = False
+        self._resumes_at = 0
         self._expected: dict[int, GapReason] = {}
+
+    def resume_at(self, period: int, still_open: Mapping[int, GapReason]) -> None:
+        """Begin with ``period``: the reader knows what lies before it.
+
+        Of that it is told corrections, and as late what settles where it was ``still_open``.
+        """
+        self._resumes_at = period
+        self.expect(still_open)
 
     def expect(self, periods: Mapping[int, GapReason]) -> None:
         """Periods before this subscription's start whose gap a replay tells: what settles there
@@ -86,19 +95,33 @@ class Subscription:
                     found.append(gap)
         return found
 
+    def _for_reader(self, event: StreamEvent) -> StreamEvent | None:
+        """What the event is to a reader that resumes later than the series does; None for
+        nothing."""
+        if isinstance(event, GapTold):
+            known = event.gap.range.start < self._resumes_at and not event.late
+            return None if known else event
+        if not isinstance(event, ClosedCandle) or event.entry.timestamp >= self._resumes_at:
+            return event
+        was_open = self.is_expected(event.entry.timestamp)
+        if event.late or event.entry.revision > 1:
+            return event
+        return ClosedCandle(event.entry, late=True) if was_open else None
+
     def offer(self, event: StreamEvent) -> None:
         """Queue what must be told; a full queue ends the subscription."""
-        if self._overrun:
+        told = self._for_reader(event)
+        if self._overrun or told is None:
             return
         if len(self._queue) >= self._bound:
             self._overrun = True
             self._queue.clear()
         else:
-            self._queue.append(event)
+            self._queue.append(told)
             if (
-                isinstance(event, ClosedCandle)
+                isinstance(told, ClosedCandle)
                 and self._forming is not None
-                and self._forming.candle.timestamp <= event.entry.timestamp
+                and self._forming.candle.timestamp <= told.entry.timestamp
             ):
                 self._forming = None
         self._wakes.set()

@@ -13,7 +13,7 @@ from domain.entry import Entry
 from domain.gap import Gap
 from domain.series import Series
 from errors import DataServiceError
-from target_management.interfaces import Target
+from target_management.interfaces import SERVICE, Target
 
 
 class SlowConsumer(DataServiceError):
@@ -44,8 +44,11 @@ class TargetStatus:
 
 @dataclass(frozen=True, slots=True)
 class AddCoinResult:
+    """``unreachable`` names the exchanges that would have gone first and could not be asked."""
+
     status: Literal["added", "already_collecting"]
     target: TargetStatus
+    unreachable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +131,11 @@ class IDataCollectionManager(ABC):
         exchange: str | None = None,
         interval: str = "5m",
         since: int | None = None,
+        by: str = SERVICE,
     ) -> AddCoinResult:
         """Collect a coin from now on and back to ``since`` (ms). Idempotent.
+
+        ``by`` is who asks, as the table's history tells it.
 
         Raises:
             InvalidRequest: coin, interval or ``since`` cannot be meant; or the exchange does not
@@ -141,9 +147,14 @@ class IDataCollectionManager(ABC):
 
     @abstractmethod
     async def remove_coin(
-        self, coin: str, *, exchange: str | None = None, interval: str | None = None
+        self,
+        coin: str,
+        *,
+        exchange: str | None = None,
+        interval: str | None = None,
+        by: str = SERVICE,
     ) -> TargetStatus:
-        """Stop collecting; what is stored stays.
+        """Stop collecting; what is stored stays. ``by`` is who asks.
 
         Raises:
             InvalidRequest: several targets fit (they are named), or none does.

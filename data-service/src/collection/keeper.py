@@ -16,6 +16,7 @@ from collection.feed import FeedSupervisor
 from collection.hub import Hub
 from collection.interfaces import TargetState, TargetStatus
 from collection.processor import RealTimeProcessor
+from collection.waiting import first_of
 from domain.clock import IClock
 from domain.entry import BOOK_TOLERANCE_MS
 from domain.gap import GapReason
@@ -32,6 +33,11 @@ from target_management.interfaces import Target
 
 # How far back the settling of live periods looks (market ms); what is older is repair.
 LIVE_REACH_MS: Final = 3_600_000
+# What is settled at a close takes along the second looks that are due by then: the last one is an
+# hour after a period's end.
+LOOK_REACH_MS: Final = 3_600_000
+# A look waits so long (market ms) for the settling of a close to take it along.
+LOOK_PATIENCE_MS: Final = 15_000
 REPAIR_EVERY_MS: Final = 3_600_000
 # What a repair leaves open though the exchange answers is asked for again after this (market ms),
 # doubling.
@@ -48,6 +54,9 @@ SHORTEST_REAL_PAUSE_S: Final = 0.05
 LOOK_RHYTHM_MS: Final = 30_000
 FIRST_RETRY_S: Final = 1.0
 LONGEST_RETRY_S: Final = 60.0
+PROBE_SPREAD_S: Final = 5.0
+# What the exchange refuses is not asked for again sooner than this (real time).
+REFUSED_PAUSE_S: Final = 5.0
 
 log = structlog.get_logger(__name__)
 
@@ -72,7 +81,8 @@ class SeriesKeeper:
         self.view = reconciler.view(self.series, target.market)
         self.opened = asyncio.Event()
         """Set once subscribers can be told."""
-        self.removing = False
+        self.removed_by: str | None = None
+        """Who asked for its removal, which waits for its last subscriber; or None."""
         self._client = client
         self._reconciler = reconciler
         self._processor = processor
@@ -88,6 +98,15 @@ class SeriesKeeper:
         self._backfilled = False
         self._delisted = False
         self._failing = False
+        # Cleared while the market is delisted or refused: then only the repair asks, hour by hour.
+        self._served = asyncio.Event()
+        self._served.set()
+        self._repair_now = asyncio.Event()
+
+    @property
+    def removing(self) -> bool:
+        """Whether it goes when its last subscriber leaves."""
+        return self.removed_by is not None
 
     def status(self) -> TargetStatus:
         """How the target does."""
@@ -105,6 +124,11 @@ class SeriesKeeper:
         """Tell subscribers from the period that runs now: for a target that was just added."""
         self._open(self.series.interval.floor(self._clock.now_ms()))
 
+    def note_reconnect(self) -> None:
+        """The feed is back: look at what it may have missed, and at everything wanted."""
+        self._wake.set()
+        self._repair_now.set()
+
     async def run(self) -> None:
         """Keep the series until cancelled."""
         self._processor.route(self.series, self.target.market, self._on_update)
@@ -113,10 +137,14 @@ class SeriesKeeper:
             async with asyncio.TaskGroup() as group:
                 group.create_task(
                     self._feed.keep_candles(
-                        self.target.market, self.target.interval, self._wake.set
+                        self.target.market,
+                        self.target.interval,
+                        on_refused=self._stream_refused,
                     )
                 )
-                group.create_task(self._feed.keep_book(self.target.market))
+                group.create_task(
+                    self._feed.keep_book(self.target.market, on_refused=self._stream_refused)
+                )
                 group.create_task(self._follow())
                 group.create_task(self._repair())
                 group.create_task(self._look_again())
@@ -133,10 +161,12 @@ class SeriesKeeper:
         poll = FIRST_POLL_MS
         interval = self.series.interval
         while True:
+            await self._served.wait()
             self._wake.clear()
             closed_end = interval.floor(self._clock.now_ms())
             # After an outage everything that it swallowed is live again.
-            start = min(self._live_edge(closed_end), self._settled_until or closed_end)
+            settled_until = min(closed_end, self._settled_until or closed_end)
+            start = settled_until - LOOK_REACH_MS - 2 * self._step
             report = await self._settle(
                 TimeRange(max(self.target.since, start), closed_end), Priority.LIVE
             )
@@ -145,60 +175,69 @@ class SeriesKeeper:
             next_look = closed_end + self._step + CLOSE_GRACE_MS
             if report is not None and not report.open:
                 poll = FIRST_POLL_MS
+                self._restart_if_silent(closed_end - self._step)
                 await self._wait(next_look)
                 continue
-            pause = SHORTEST_REAL_PAUSE_S
-            if report is None or report.error is not None:
-                pause = max(pause, self._reconciler.retry_in(self.series.exchange))
-            await self._clock.sleep_real(pause)
+            await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
+            if await self._waited_out():
+                continue
+            if poll == LONGEST_POLL_MS and report is not None and report.error is None:
+                # It answers, and has told nothing newer for minutes.
+                await self._check_listed()
             # Not back to the first pause at the next close: a market without trades stays open for
             # hours, and its first update wakes this anyway.
             await self._wait(min(self._clock.now_ms() + poll, next_look))
             poll = min(2 * poll, LONGEST_POLL_MS)
 
     async def _repair(self) -> None:
-        """Settle everything wanted: backfill at first, then what was missed, hour by hour."""
+        """Settle everything wanted: backfill at first, then what was missed, hour by hour, after
+        each loss of the feed, and as soon as a market is served again."""
         failures = left_open = 0
         while True:
+            self._repair_now.clear()
             closed_end = self.series.interval.floor(self._clock.now_ms())
             report = await self._settle(TimeRange(self.target.since, closed_end), Priority.BACKFILL)
-            if report is None or report.error is not None:
-                pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures, 10))
-                failures += 1
-                await self._clock.sleep_real(
-                    max(
-                        pause * self._rng.uniform(0.75, 1.25),
-                        self._reconciler.retry_in(self.series.exchange),
-                    )
-                )
+            if self._served.is_set() and (report is None or report.error is not None):
+                if not await self._waited_out():
+                    await self._back_off(failures)
+                    failures += 1
                 continue
             failures = 0
+            if report is not None and report.error is None:
+                self._backfilled = True
+                if not self._served.is_set():
+                    await self._check_listed()
+            # What the exchange refuses, or answers without a proof, it may give a little later.
+            soon = not self._delisted and (
+                report is None
+                or report.error is not None
+                or any(gap.range.start < self._live_edge(closed_end) for gap in report.open)
+            )
             again = REPAIR_EVERY_MS
-            if any(gap.range.start < self._live_edge(closed_end) for gap in report.open):
-                # The exchange answers and proves nothing of them: it may, a little later.
-                again = min(REPAIR_EVERY_MS, FIRST_REPAIR_MS * 2 ** min(left_open, 10))
-                left_open += 1
-            else:
-                left_open = 0
-            self._backfilled = True
-            await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
-            await self._clock.sleep_until(self._clock.now_ms() + again)
+            if soon:
+                again = min(again, FIRST_REPAIR_MS * 2 ** min(left_open, 10))
+            left_open = left_open + 1 if soon else 0
+            await first_of(self._pause(again), self._repair_now.wait())
             await self._check_what_is_stored()
 
     async def _look_again(self) -> None:
         """Take the second looks that are owed: exchanges publish late and correct themselves."""
+        failures = 0
         while True:
+            await self._served.wait()
             due = self.view.looks_due()
             if due is not None:
                 report = await self._settle(due, Priority.BACKFILL)
                 if report is None or report.error is not None:
-                    await self._clock.sleep_real(
-                        max(FIRST_RETRY_S, self._reconciler.retry_in(self.series.exchange))
-                    )
+                    if not await self._waited_out():
+                        await self._back_off(failures)
+                        failures += 1
                     continue
+                failures = 0
             await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
             soon = self._clock.now_ms() + LOOK_RHYTHM_MS
-            await self._clock.sleep_until(min(soon, self.view.next_look_at() or soon))
+            next_look = self.view.next_look_at() or soon
+            await self._clock.sleep_until(min(soon, next_look + LOOK_PATIENCE_MS))
 
     async def _capture_books(self) -> None:
         """At each period's end, by the clock, copy the live book's top; else ask REST for it."""
@@ -206,13 +245,13 @@ class SeriesKeeper:
         while True:
             close = interval.floor(self._clock.now_ms()) + self._step
             await self._clock.sleep_until(close)
+            if not self._served.is_set():
+                continue
             book = self._feed.book(self.target.market)
-            if (book is None or abs(book.timestamp - close) > BOOK_TOLERANCE_MS) and (
-                self._reconciler.retry_in(self.series.exchange) == 0
-            ):
+            if book is None or abs(book.timestamp - close) > BOOK_TOLERANCE_MS:
                 try:
-                    book = await self._client.fetch_order_book(
-                        self.target.market, priority=Priority.LIVE
+                    book = await self._reconciler.order_book(
+                        self.series.exchange, self.target.market
                     )
                 except ExchangeError as exc:
                     log.debug("no_order_book", series=str(self.series), error=exc.message)
@@ -249,6 +288,8 @@ class SeriesKeeper:
         if period > self._newest_update:
             self._newest_update = period
             self._wake.set()
+            if not self._served.is_set():
+                self._repair_now.set()  # it trades again: the repair sees to it
 
     async def _settle(self, wanted: TimeRange, priority: Priority) -> SettleReport | None:
         """Settle a range; None when storage, or the worker, refused."""
@@ -261,10 +302,97 @@ class SeriesKeeper:
                 log.warning("series_not_settled", series=str(self.series), error=exc.message)
             self._failing = True
             return None
+        if report.error is not None and not self._failing:
+            self._note_error(report.error)
         self._failing = report.error is not None
-        self._delisted = isinstance(report.error, ExchangeRefused)
         self._settled_once = self._settled_once or report.error is None
+        if isinstance(report.error, ExchangeRefused):
+            await self._check_listed(refused=report.error)
         return report
+
+    def _note_error(self, error: ExchangeError) -> None:
+        """Tell the first of a series of errors, if nobody else does: of an outage of the exchange
+        its worker tells, of a refusal ``_check_listed``."""
+        outage = self._reconciler.retry_in(self.series.exchange) > 0
+        if not outage and not isinstance(error, ExchangeRefused):
+            log.warning("series_not_settled", series=str(self.series), error=error.message)
+
+    async def _check_listed(self, *, refused: ExchangeRefused | None = None) -> None:
+        """Know whether the exchange still serves the market; ``refused`` is why it may not.
+
+        An exchange that cannot be asked leaves what is known as it is.
+        """
+        try:
+            market = await self._client.check_coin_availability(
+                self.target.market, priority=Priority.BACKFILL
+            )
+        except ExchangeError as exc:
+            log.debug("listing_unknown", series=str(self.series), error=exc.message)
+            return
+        delisted = market is None
+        served = not delisted and refused is None
+        if delisted and not self._delisted:
+            log.warning("market_delisted", series=str(self.series), market=self.target.market)
+        elif not delisted and refused is not None and self._served.is_set():
+            log.warning("market_refused", series=str(self.series), error=refused.message)
+        elif served and not self._served.is_set():
+            log.info("market_served_again", series=str(self.series), market=self.target.market)
+        self._delisted = delisted
+        if served:
+            self._served.set()
+        elif self._served.is_set():
+            self._served.clear()
+            self._repair_now.set()  # from now on the repair alone asks
+
+    async def _stream_refused(self, error: ExchangeRefused) -> None:
+        """Return when it is worth subscribing again: when a delisted market is served again, an
+        hour later where the stream alone is refused."""
+        await self._check_listed()
+        if not self._served.is_set():
+            await self._served.wait()
+            return
+        log.warning("stream_refused", series=str(self.series), error=error.message)
+        await self._clock.sleep_real(REFUSED_PAUSE_S)
+        await self._clock.sleep_until(self._clock.now_ms() + REPAIR_EVERY_MS)
+
+    def _restart_if_silent(self, period: int) -> None:
+        """Subscribe anew when a period has a candle of which the stream has said nothing, though
+        the feed was heard meanwhile."""
+        market, interval = self.target.market, self.target.interval
+        since = self._feed.heard_since(market, interval)
+        if since is None or since > period or self._newest_update >= period:
+            return
+        if self._feed.heard_at < period:
+            return
+        if self.view.stored_ranges(TimeRange(period, period + self._step)):
+            log.warning("stream_silent", series=str(self.series), since=since)
+            self._feed.restart_candles(market, interval)
+
+    async def _waited_out(self) -> bool:
+        """Wait for the end of an outage of the exchange, or for a turn to probe it; False at once
+        when none is known."""
+        exchange = self.series.exchange
+        retry_in = self._reconciler.retry_in(exchange)
+        if retry_in == 0:
+            return False
+        await first_of(
+            # Spread, so that of many who wait one probes, and its answer lets the others go.
+            self._clock.sleep_real(retry_in + self._rng.uniform(0.0, PROBE_SPREAD_S)),
+            self._reconciler.until_answering(exchange),
+        )
+        return True
+
+    async def _back_off(self, failures: int) -> None:
+        """The pause after a failure that is this market's own, or of storage (real time)."""
+        pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures, 10))
+        await self._clock.sleep_real(pause * self._rng.uniform(0.75, 1.25))
+
+    async def _pause(self, market_ms: int) -> None:
+        """The pause of the repair: by the market's clock, but not in quick succession."""
+        await self._clock.sleep_real(
+            SHORTEST_REAL_PAUSE_S if self._served.is_set() else REFUSED_PAUSE_S
+        )
+        await self._clock.sleep_until(self._clock.now_ms() + market_ms)
 
     async def _check_what_is_stored(self) -> None:
         try:
@@ -274,13 +402,7 @@ class SeriesKeeper:
 
     async def _wait(self, until: int) -> None:
         """Wait for a moment of market time, or to be woken."""
-        clock = asyncio.ensure_future(self._clock.sleep_until(until))
-        woken = asyncio.ensure_future(self._wake.wait())
-        try:
-            await asyncio.wait({clock, woken}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            clock.cancel()
-            woken.cancel()
+        await first_of(self._clock.sleep_until(until), self._wake.wait())
 
     async def _open_where_it_was_left(self) -> None:
         """Tell from the oldest open period of the last hour on, else from the newest settled."""

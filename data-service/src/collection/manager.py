@@ -37,6 +37,7 @@ from domain.series import Series
 from domain.time_range import TimeRange
 from errors import CoinNotAvailable, DataServiceError, InvalidRequest
 from exchange_source.interfaces import (
+    ExchangeError,
     ExchangeUnavailable,
     IDataSourceConnector,
     Priority,
@@ -45,7 +46,7 @@ from historical.interfaces import ISeriesDirectory, ResolvedSeries
 from reconciliation.interfaces import IReconciler
 from storage.interfaces import IStorageManager, NotTheCollector, StorageUnavailable
 from storage.path_utility import StoragePathUtility
-from target_management.interfaces import Target
+from target_management.interfaces import SERVICE, Target
 
 DAY_MS: Final = 86_400_000
 REPLAY_PERIODS: Final = 500
@@ -60,6 +61,15 @@ log = structlog.get_logger(__name__)
 class _Kept:
     keeper: SeriesKeeper
     task: asyncio.Task[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """The exchange that serves a coin, its market, and who could not be asked before it."""
+
+    exchange: str
+    market: str
+    unreachable: tuple[str, ...]
 
 
 class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
@@ -142,6 +152,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         exchange: str | None = None,
         interval: str = "5m",
         since: int | None = None,
+        by: str = SERVICE,
     ) -> AddCoinResult:
         coin = self._coin(coin)
         wanted = Interval.parse(interval)
@@ -153,34 +164,43 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                     kept = self._kept.get(target.series)
                     if kept is not None:
                         if kept.keeper.removing:
-                            await self._collection.set_enabled(target, enabled=True)
-                            kept.keeper.removing = False
+                            await self._collection.set_enabled(target, enabled=True, by=by)
+                            kept.keeper.removed_by = None
                         return AddCoinResult("already_collecting", kept.keeper.status())
             now = self._clock.now_ms()
             if since is not None and since > now:
                 raise InvalidRequest(f"since {since} lies in the future; the time is {now} now")
-            name, market = await self._select(coin, exchange)
-            self._check_offered(name, interval)
+            selected = await self._select(coin, exchange)
+            self._check_offered(selected.exchange, interval)
+            client = self._connector.get_client(selected.exchange)
             target = await self._collection.add(
                 Target(
                     coin=coin,
-                    exchange=name,
-                    exchange_id=self._connector.get_client(name).get_exchange_id(),
-                    market=market,
+                    exchange=selected.exchange,
+                    exchange_id=client.get_exchange_id(),
+                    market=selected.market,
                     interval=interval,
                     enabled=True,
                     since=wanted.floor(now - self._backfill_ms if since is None else since),
                     created_at=now,
                     last_updated=now,
-                )
+                ),
+                by=by,
             )
             keeper = self._keep(target)
             keeper.open_from_now()
-            log.info("target_added", target=target.target_id, market=market, since=target.since)
-            return AddCoinResult("added", keeper.status())
+            log.info(
+                "target_added", target=target.target_id, market=target.market, since=target.since
+            )
+            return AddCoinResult("added", keeper.status(), selected.unreachable)
 
     async def remove_coin(
-        self, coin: str, *, exchange: str | None = None, interval: str | None = None
+        self,
+        coin: str,
+        *,
+        exchange: str | None = None,
+        interval: str | None = None,
+        by: str = SERVICE,
     ) -> TargetStatus:
         coin = self._coin(coin)
         exchange = self._exchange(exchange)
@@ -197,15 +217,15 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                 )
             kept = self._kept.get(found[0].series)
             if kept is None:
-                await self._collection.remove(found[0])
+                await self._collection.remove(found[0], by=by)
                 return self._status(found[0])
-            kept.keeper.removing = True
+            kept.keeper.removed_by = by
             status = kept.keeper.status()
             if self._hub.subscriber_count(kept.keeper.series) == 0:
                 await self._drop(kept.keeper)
             else:
                 # What was answered holds, also when this process does not live to the end of it.
-                await self._collection.set_enabled(found[0], enabled=False)
+                await self._collection.set_enabled(found[0], enabled=False, by=by)
             return status
 
     async def check_availability(self, coin: str, *, exchange: str | None = None) -> Availability:
@@ -213,19 +233,17 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         exchange = self._exchange(exchange)
         await self._catch_up()
         names = (exchange,) if exchange is not None else self._order(coin)
-        markets, unreachable, error = [], [], None
-        for name in names:
-            try:
-                market = await self._connector.check_coin_availability(name, coin)
-            except ExchangeUnavailable as exc:
-                unreachable.append(name)
-                error = exc
-                continue
-            if market is not None:
+        answers = await asyncio.gather(*(self._market_on(name, coin) for name in names))
+        unreachable: dict[str, ExchangeError] = {}
+        markets: list[MarketAvailability] = []
+        for name, answer in zip(names, answers, strict=True):
+            if isinstance(answer, ExchangeError):
+                unreachable[name] = answer
+            elif answer is not None:
                 collecting = bool(self._collection.find(coin, exchange=name))
-                markets.append(MarketAvailability(name, market, collecting))
-        if error is not None and len(unreachable) == len(names):
-            raise error
+                markets.append(MarketAvailability(name, answer, collecting))
+        if len(unreachable) == len(names):
+            raise _none_could_be_asked(unreachable)
         return Availability(coin, tuple(markets), tuple(unreachable))
 
     async def list_targets(self) -> list[TargetStatus]:
@@ -255,6 +273,8 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                 retry_after=OPEN_TIMEOUT_S,
             ) from None
         subscription = self._hub.subscribe(keeper.series)
+        if from_ms is not None:
+            self._begin_at(keeper, subscription, from_ms)
         try:
             yield SubscriptionStarted(keeper.series, keeper.target.market, subscription.last_closed)
             if from_ms is not None:
@@ -265,6 +285,15 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         finally:
             subscription.close()
             await self._drop_if_left(keeper)
+
+    @staticmethod
+    def _begin_at(keeper: SeriesKeeper, subscription: Subscription, from_ms: int) -> None:
+        """Let a reader begin where it wants to, should the series begin before: after a restart it
+        begins anew where something was open."""
+        first_told = subscription.last_closed + keeper.series.interval.milliseconds
+        wanted = keeper.series.interval.ceil(from_ms)
+        if wanted > first_told:
+            subscription.resume_at(wanted, _reasons(keeper, TimeRange(first_told, wanted)))
 
     async def _replay(
         self, keeper: SeriesKeeper, subscription: Subscription, from_ms: int
@@ -288,11 +317,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             await self._reconciler.settle(
                 series, keeper.target.market, window, priority=Priority.REQUEST
             )
-            reasons = {
-                period: gap.reason
-                for gap in keeper.view.gaps(window)
-                for period in range(gap.range.start, gap.range.end, step)
-            }
+            reasons = _reasons(keeper, window)
             # Before reading: what settles from now on is either read or told as late.
             subscription.expect(reasons)
             entries = await self._storage.get_raw_data_range(
@@ -348,9 +373,9 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             newest = await self._storage.get_latest_entry(name, coin, interval=interval)
             if newest is not None:
                 return ResolvedSeries(newest.series, newest.market)
-        name, market = await self._select(coin, exchange)
-        self._check_offered(name, interval)
-        return ResolvedSeries(Series(name, coin, wanted), market)
+        selected = await self._select(coin, exchange)
+        self._check_offered(selected.exchange, interval)
+        return ResolvedSeries(Series(selected.exchange, coin, wanted), selected.market)
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -373,9 +398,10 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             )
 
     def _order(self, coin: str) -> tuple[str, ...]:
-        """The exchanges to ask for a coin, most preferred first."""
-        names = self._preferences.get(coin, self._connector.exchange_names)
-        return tuple(name for name in names if name in self._connector.exchange_names)
+        """The exchanges to ask for a coin: those that are preferred for it, then the others."""
+        enabled = self._connector.exchange_names
+        preferred = [name for name in self._preferences.get(coin, ()) if name in enabled]
+        return tuple(dict.fromkeys([*preferred, *enabled]))
 
     def _preferred(self, targets: Iterable[Target]) -> list[Target]:
         def rank(target: Target) -> int:
@@ -384,27 +410,32 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
 
         return sorted(targets, key=rank)
 
-    async def _select(self, coin: str, exchange: str | None) -> tuple[str, str]:
-        """The exchange that serves a coin, and its market: the first that lists it."""
-        names = (exchange,) if exchange is not None else self._order(coin)
-        asked, unreachable = [], []
-        error: ExchangeUnavailable | None = None
-        for name in names:
-            try:
-                market = await self._connector.check_coin_availability(name, coin)
-            except ExchangeUnavailable as exc:
-                unreachable.append(name)
-                error = exc
-                continue
-            if market is not None:
-                return name, market
-            asked.append(name)
-        if error is not None and not asked:
-            raise error
+    async def _select(self, coin: str, exchange: str | None) -> _Selected:
+        """The exchange that serves a coin: the first in order that lists it, of those that can be
+        asked."""
+        asked: list[str] = []
+        unreachable: dict[str, ExchangeError] = {}
+        for name in (exchange,) if exchange is not None else self._order(coin):
+            answer = await self._market_on(name, coin)
+            if isinstance(answer, ExchangeError):
+                unreachable[name] = answer
+            elif answer is not None:
+                return _Selected(name, answer, tuple(unreachable))
+            else:
+                asked.append(name)
+        if unreachable and not asked:
+            raise _none_could_be_asked(unreachable)
         message = f"no active spot market of {coin} on {', '.join(asked) or 'any exchange'}"
         if unreachable:
             message += f"; {', '.join(unreachable)} could not be asked"
         raise CoinNotAvailable(message)
+
+    async def _market_on(self, name: str, coin: str) -> str | ExchangeError | None:
+        """The market that an exchange lists for a coin, None, or why it could not be asked."""
+        try:
+            return await self._connector.check_coin_availability(name, coin)
+        except ExchangeError as exc:
+            return exc
 
     def _refuse_standing_by(self) -> None:
         if self._standing_by:
@@ -501,9 +532,9 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         # First of all nobody can subscribe any more: whoever did would wait for ever.
         await self._stop([keeper.series])
         try:
-            await self._collection.remove(keeper.target)
+            await self._collection.remove(keeper.target, by=keeper.removed_by or SERVICE)
         except DataServiceError:
-            self._keep(keeper.target).removing = keeper.removing
+            self._keep(keeper.target).removed_by = keeper.removed_by
             raise
         log.info("target_removed", target=keeper.target.target_id)
 
@@ -524,3 +555,26 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
 
     def _on_feed_state(self, exchange: str, state: FeedState) -> None:
         self._hub.publish_status(StatusTold("feed", state, self._clock.now_ms(), exchange))
+        if state == "connected":
+            for kept in self._kept.values():
+                if kept.keeper.series.exchange == exchange:
+                    kept.keeper.note_reconnect()
+
+
+def _reasons(keeper: SeriesKeeper, window: TimeRange) -> dict[int, GapReason]:
+    """The periods of a window that have no entry, and why."""
+    step = keeper.series.interval.milliseconds
+    return {
+        period: gap.reason
+        for gap in keeper.view.gaps(window)
+        for period in range(gap.range.start, gap.range.end, step)
+    }
+
+
+def _none_could_be_asked(errors: Mapping[str, ExchangeError]) -> ExchangeUnavailable:
+    """One error for all the exchanges that gave no answer."""
+    delays = [error.retry_after for error in errors.values() if error.retry_after is not None]
+    return ExchangeUnavailable(
+        "; ".join(error.message for error in errors.values()),
+        retry_after=min(delays, default=None),
+    )

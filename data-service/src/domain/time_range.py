@@ -5,6 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -133,3 +136,96 @@ class RangeSet:
     def end(self) -> int | None:
         """The end of the last range, or None when the set is empty."""
         return self._ends[-1] if self._ends else None
+
+
+class RangeMap(Generic[V]):
+    """A mutable map from instants to values, kept as sorted, disjoint runs of one value each.
+
+    Runs that touch and have equal values are one. Setting and removing cost O(log n + runs
+    touched), a look-up O(log n).
+    """
+
+    __slots__ = ("_ends", "_starts", "_values")
+
+    def __init__(self, runs: Iterable[tuple[TimeRange, V]] = ()) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._values: list[V] = []
+        for item, value in runs:
+            self.set(item, value)
+
+    def __iter__(self) -> Iterator[tuple[TimeRange, V]]:
+        return (
+            (TimeRange(start, end), value)
+            for start, end, value in zip(self._starts, self._ends, self._values, strict=True)
+        )
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __bool__(self) -> bool:
+        return bool(self._starts)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RangeMap):
+            return NotImplemented
+        return list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def __repr__(self) -> str:
+        return f"RangeMap({list(self)!r})"
+
+    def set(self, item: TimeRange, value: V) -> None:
+        """Give every instant of ``item`` the value, whatever it had."""
+        if not item:
+            return
+        self.remove(item)
+        left = right = bisect_left(self._starts, item.start)
+        start, end = item.start, item.end
+        if left > 0 and self._ends[left - 1] == start and self._values[left - 1] == value:
+            left -= 1
+            start = self._starts[left]
+        touches = right < len(self._starts) and self._starts[right] == end
+        if touches and self._values[right] == value:
+            end = self._ends[right]
+            right += 1
+        self._starts[left:right] = [start]
+        self._ends[left:right] = [end]
+        self._values[left:right] = [value]
+
+    def remove(self, item: TimeRange) -> None:
+        """Forget the values of ``item``; a run that it lies within is split."""
+        left, right = self._touched(item)
+        if left >= right:
+            return
+        kept = []
+        if self._starts[left] < item.start:
+            kept.append((self._starts[left], item.start, self._values[left]))
+        if self._ends[right - 1] > item.end:
+            kept.append((item.end, self._ends[right - 1], self._values[right - 1]))
+        self._starts[left:right] = [start for start, _, _ in kept]
+        self._ends[left:right] = [end for _, end, _ in kept]
+        self._values[left:right] = [value for _, _, value in kept]
+
+    def within(self, item: TimeRange) -> list[tuple[TimeRange, V]]:
+        """The runs inside ``item`` with their values, ascending."""
+        left, right = self._touched(item)
+        return [
+            (TimeRange(max(self._starts[at], item.start), min(self._ends[at], item.end)),
+             self._values[at])
+            for at in range(left, right)
+        ]  # fmt: skip
+
+    def missing(self, item: TimeRange) -> list[TimeRange]:
+        """The parts of ``item`` that have no value, ascending."""
+        return RangeSet(part for part, _ in self.within(item)).missing(item)
+
+    def values(self) -> list[V]:
+        """The value of each run, ascending by time."""
+        return self._values.copy()
+
+    def _touched(self, item: TimeRange) -> tuple[int, int]:
+        if not item:
+            return 0, 0
+        return bisect_right(self._ends, item.start), bisect_left(self._starts, item.end)

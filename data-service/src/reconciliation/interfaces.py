@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from domain.entry import Entry
@@ -63,7 +64,8 @@ class ISeriesView(ABC):
 
     @abstractmethod
     async def load(self, wanted: TimeRange) -> None:
-        """Know what storage holds of ``wanted``.
+        """Know what storage holds of ``wanted``. What was listed of a series without a sink, which
+        nobody checks hourly, is listed again after an hour.
 
         Raises:
             StorageError: storage cannot be listed; then nothing may be concluded.
@@ -83,11 +85,23 @@ class ISeriesView(ABC):
 
     @abstractmethod
     def booked_count(self, within: TimeRange) -> int:
-        """How many stored periods have an order book."""
+        """How many stored periods are known to have an order book; see ``learn_books``."""
+
+    @abstractmethod
+    async def learn_books(self, within: TimeRange) -> None:
+        """Know of every stored period of ``within`` whether it has an order book.
+
+        Documents are read only of periods of which it is not known, a bounded page at a time;
+        what is final of that is remembered in the ledger. Settling goes on meanwhile.
+
+        Raises:
+            StorageError: documents cannot be read; what was learned before that stays.
+        """
 
     @abstractmethod
     def gaps(self, within: TimeRange) -> list[Gap]:
-        """Runs of closed periods without an entry, ascending, with their reasons."""
+        """Runs of closed periods without an entry, ascending, with their reasons. Only what was
+        loaded is known: load ``within`` first."""
 
     @abstractmethod
     def next_look_at(self) -> int | None:
@@ -95,7 +109,11 @@ class ISeriesView(ABC):
 
     @abstractmethod
     def looks_due(self) -> TimeRange | None:
-        """The smallest range that holds every period whose look is due; None when none is."""
+        """A range of periods whose look is due, the newest; None when none is.
+
+        It holds every such period that can be reached from the newest without crossing one that
+        is open, so that settling it fetches nothing else; what is older comes next.
+        """
 
     @abstractmethod
     def note_book(self, timestamp: int, book: OrderBook) -> None:
@@ -104,6 +122,16 @@ class ISeriesView(ABC):
     @abstractmethod
     def use_sink(self, sink: Sink | None) -> None:
         """Send settled entries to ``sink``; None sends them to storage alone."""
+
+    @abstractmethod
+    def exclusive(self) -> AbstractAsyncContextManager[None]:
+        """Hold the series apart from settling, which holds it for one page at a time.
+
+        Inside, no page of the series is under way and none begins; entering waits for the one
+        under way. Those who enter take turns, in the order in which they came. Whoever is inside
+        must not wait for ``settle`` of the series, which waits for them. In a process that stands
+        by nothing is settled, and each view is held by itself alone.
+        """
 
 
 class IReconciler(ABC):
@@ -121,10 +149,12 @@ class IReconciler(ABC):
         """Fetch just what is missing of the closed periods of ``wanted``, newest first, verify,
         store, and say what stays open and why.
 
-        The work belongs to the reconciler: a caller that is cancelled does not end it for others.
-        Equal requests share one. An exchange that cannot be asked is no error here: its periods
-        stay open with the reason ``unreachable``. In a process that stands by nothing is fetched:
-        what is missing is ``pending``, since another one collects.
+        Equal requests share one. The work belongs to the reconciler: a caller that is cancelled
+        does not end it for others, and when all of them are, it ends at the next page. What was
+        asked about after the call by another job is not asked again for this one. An exchange that
+        cannot be asked is no error here: its periods stay open with the reason ``unreachable``. In
+        a process that stands by no page is begun: what is missing is ``pending``, since another
+        one collects; a call that waits at that moment is answered with that, too.
 
         Raises:
             StorageError: storage cannot be listed or written.
@@ -133,3 +163,17 @@ class IReconciler(ABC):
     @abstractmethod
     def retry_in(self, exchange: str) -> float:
         """Real seconds until the exchange may be asked again after a failure; 0 when it may now."""
+
+    @abstractmethod
+    async def until_answering(self, exchange: str) -> None:
+        """Return as soon as no outage of the exchange is known: at once, or with the first answer
+        after one."""
+
+    @abstractmethod
+    async def order_book(self, exchange: str, market: str) -> OrderBook:
+        """The top of a market's book now, by REST.
+
+        Raises:
+            ExchangeError: it cannot be had; during an outage without asking, but for one probe
+                at a time.
+        """

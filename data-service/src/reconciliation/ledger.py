@@ -1,6 +1,7 @@
 """What is remembered of a series beside its documents.
 
 Losing a ledger costs requests and reads, never truth: without one, what it proved is asked again.
+An older version of one says less and nothing wrong.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any, Final
 
 import orjson
 
-from domain.time_range import RangeSet, TimeRange
+from domain.time_range import RangeMap, RangeSet, TimeRange
 
-LEDGER_VERSION: Final = 1
+LEDGER_VERSION: Final = 2
 
 
 @dataclass(slots=True)
@@ -25,12 +26,15 @@ class Ledger:
         empty: periods proven to have no trades, finally.
         suspected: periods proven empty once, and when (market ms) that was.
         booked: stored periods that have an order book.
+        bookless: stored periods that have none and will get none. Of stored periods in neither of
+            the two it is not known.
     """
 
     verified: RangeSet = field(default_factory=RangeSet)
     empty: RangeSet = field(default_factory=RangeSet)
-    suspected: dict[int, int] = field(default_factory=dict)
+    suspected: RangeMap[int] = field(default_factory=RangeMap)
     booked: RangeSet = field(default_factory=RangeSet)
+    bookless: RangeSet = field(default_factory=RangeSet)
 
     def to_bytes(self) -> bytes:
         """The JSON document that is kept."""
@@ -39,8 +43,9 @@ class Ledger:
                 "version": LEDGER_VERSION,
                 "verified": _pairs(self.verified),
                 "empty": _pairs(self.empty),
-                "suspected": sorted(self.suspected.items()),
+                "suspected": [(run.start, run.end, when) for run, when in self.suspected],
                 "booked": _pairs(self.booked),
+                "bookless": _pairs(self.bookless),
             }
         )
 
@@ -54,8 +59,12 @@ class Ledger:
             return cls(
                 verified=_ranges(document["verified"]),
                 empty=_ranges(document["empty"]),
-                suspected={int(period): int(when) for period, when in document["suspected"]},
+                suspected=RangeMap(
+                    (TimeRange(int(start), int(end)), int(when))
+                    for start, end, when in document["suspected"]
+                ),
                 booked=_ranges(document["booked"]),
+                bookless=_ranges(document["bookless"]),
             )
         except (ValueError, TypeError, KeyError):
             return None

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from domain.clock import IClock
+from domain.order_book import OrderBook
 from domain.series import Series
 from domain.time_range import TimeRange
 from errors import DataServiceError, UnknownExchange
@@ -57,8 +58,10 @@ class Reconciler(IReconciler):
         self._listeners.append(listener)
 
     def stand_by(self) -> None:
-        """Fetch and store nothing from now on: another process does."""
+        """Begin no page from now on, also of what was asked for before: another process does."""
         self._standing_by = True
+        for worker in self._workers.values():
+            worker.end_all()
         self._forget()
 
     def collect(self) -> None:
@@ -70,7 +73,7 @@ class Reconciler(IReconciler):
     def view(self, series: Series, market: str) -> SeriesState:
         if self._standing_by:
             # Another process writes: what is known now is not kept.
-            return SeriesState(series, market, self._storage, self._clock)
+            return SeriesState(series, market, self._storage, self._clock, read_only=True)
         state = self._states.get(series)
         if state is None:
             state = SeriesState(series, market, self._storage, self._clock)
@@ -84,11 +87,17 @@ class Reconciler(IReconciler):
         state = self.view(series, market)
         if self._standing_by:
             await state.load(wanted)
-            return report_of(state, Progress.over(wanted))
+            return report_of(state, Progress.over(state, wanted))
         return await self._worker(series.exchange).settle(state, wanted, priority=priority)
 
     def retry_in(self, exchange: str) -> float:
         return self._worker(exchange).retry_in
+
+    async def until_answering(self, exchange: str) -> None:
+        await self._worker(exchange).until_answering()
+
+    async def order_book(self, exchange: str, market: str) -> OrderBook:
+        return await self._worker(exchange).order_book(market)
 
     async def run(self) -> None:
         """Work until cancelled."""

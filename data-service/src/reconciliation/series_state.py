@@ -1,12 +1,14 @@
 """What is known of one series: an index of what is stored, and what has been proven.
 
-All times are market ms; a period is named by its open.
+All times are market ms; a period is named by its open. Everything is kept by runs of periods and
+asked by ranges, so that a quiet market of years costs what its runs do.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import structlog
@@ -16,7 +18,7 @@ from domain.entry import BOOK_TOLERANCE_MS, Entry
 from domain.gap import Gap, GapReason
 from domain.order_book import OrderBook
 from domain.series import Series
-from domain.time_range import RangeSet, TimeRange
+from domain.time_range import RangeMap, RangeSet, TimeRange
 from exchange_source.interfaces import HistoricalData
 from reconciliation.interfaces import ISeriesView, Sink
 from reconciliation.ledger import Ledger
@@ -28,44 +30,68 @@ from storage.path_utility import StoragePathUtility
 LOOKS_MS: Final = (60_000, 300_000, 3_600_000)
 # A period is empty for good when two answers this far apart say so.
 SECOND_PROOF_MS: Final = 60_000
-# Without a ledger, what lies this close to the newest entry is owed its last look.
-UNLEDGERED_LOOKS_MS: Final = 2 * 3_600_000
-# A stored candle that the exchange no longer tells is looked for this long after its end.
+# A look that no answer gave is tried again after this, or after this part of the period's age.
+TRY_AGAIN_MS: Final = 60_000
+TRY_AGAIN_PART: Final = 60
+# A period of which the exchange says nothing any more is looked for this long after its end.
 KEEP_LOOKING_MS: Final = 24 * 3_600_000
 # What the exchange did not offer is asked for again after this.
 ASK_OLDER_AGAIN_MS: Final = 3_600_000
+# What was listed of a series that nobody keeps, and so nobody checks, is believed this long.
+LISTED_FOR_MS: Final = 3_600_000
 # An entry counts as settled live when it is settled this soon after its period's end.
 LIVE_WITHIN_MS: Final = 60_000
+# Exchanges tell their time in whole seconds.
+EXCHANGE_TIME_GRAIN_MS: Final = 1_000
+# How many periods are read at once to learn which have a book.
+BOOKS_PAGE: Final = 1_000
 _FOREVER: Final = 2**62
 
 log = structlog.get_logger(__name__)
 
 
 class SeriesState(ISeriesView):
-    """The one view of a series in this process; settling changes it under ``lock``."""
+    """The one view of a series in this process; settling changes it under ``lock``.
+
+    With ``read_only`` the ledger is read and never written: another process keeps it.
+    """
 
     def __init__(
-        self, series: Series, market: str, storage: IStorageManager, clock: IClock
+        self,
+        series: Series,
+        market: str,
+        storage: IStorageManager,
+        clock: IClock,
+        *,
+        read_only: bool = False,
     ) -> None:
         self._series = series
         self._market = market
         self._storage = storage
         self._clock = clock
+        self._read_only = read_only
         self._step = series.interval.milliseconds
-        self._listed = RangeSet()
+        # What was listed, and when.
+        self._listed: RangeMap[int] = RangeMap()
         self._stored = RangeSet()
+        self._stored_meanwhile = RangeSet()
         self._ledger = Ledger()
         self._ledger_loaded = False
         self._ledger_changed = False
         self._ledger_failing = False
-        self._looks: dict[int, int] = {}
-        self._postponed: dict[int, int] = {}
+        # The periods that are owed a look, and when it is due.
+        self._due: RangeMap[int] = RangeMap()
+        # The periods that stayed open when they were asked about, and which request that was.
+        self._unanswered: RangeMap[int] = RangeMap()
+        self._asks = 0
+        self._unreachable = RangeSet()
         self._oldest_offered = 0
         self._oldest_learned_at = 0
-        self._unreachable = False
         self._books: dict[int, OrderBook] = {}
         self._sink: Sink | None = None
         self._load_lock = asyncio.Lock()
+        self._books_lock = asyncio.Lock()
+        self._save_lock = asyncio.Lock()
         self.lock = asyncio.Lock()
 
     # -- what is known ----------------------------------------------------------------------
@@ -81,52 +107,44 @@ class SeriesState(ISeriesView):
     async def load(self, wanted: TimeRange) -> None:
         async with self._load_lock:
             if not self._ledger_loaded:
-                self._ledger = await self._load_ledger()
-                self._ledger_loaded = True
+                await self._load_ledger()
+            if self._sink is None:
+                long_ago = self._clock.now_ms() - LISTED_FOR_MS
+                for part, listed_at in self._listed.within(wanted):
+                    if listed_at <= long_ago:
+                        await self._list(part)
             for part in self._listed.missing(wanted):
-                for run in await self._storage.stored_ranges(
-                    self._series.exchange,
-                    self._series.coin,
-                    part.start,
-                    part.end,
-                    interval=self._series.interval.name,
-                ):
-                    self._stored.add(run)
-                # What closes from now on is written by this process alone: it is known without
-                # asking, also while storage is away.
-                reaches_now = part.end >= self._series.interval.floor(self._clock.now_ms())
-                self._listed.add(TimeRange(part.start, _FOREVER) if reaches_now else part)
+                await self._list(part)
 
     async def refresh(self, wanted: TimeRange) -> None:
-        # No page is being settled meanwhile, so nothing that is written now is overlooked.
-        async with self.lock, self._load_lock:
-            for part in self._listed.within(wanted):
-                runs = await self._storage.stored_ranges(
-                    self._series.exchange,
-                    self._series.coin,
-                    part.start,
-                    part.end,
-                    interval=self._series.interval.name,
-                )
-                self._stored.remove(part)
-                for run in runs:
-                    self._stored.add(run)
+        async with self._load_lock:
+            for part, _ in self._listed.within(wanted):
+                await self._list(part)
 
     def stored_ranges(self, within: TimeRange) -> list[TimeRange]:
         return self._stored.within(within)
+
+    async def learn_books(self, within: TimeRange) -> None:
+        async with self._books_lock:
+            known = RangeSet((*self._ledger.booked, *self._ledger.bookless))
+            reach = BOOKS_PAGE * self._step
+            for part in known.missing(within):
+                at = part.start
+                while unknown := self._stored.within(TimeRange(at, part.end)):
+                    page = TimeRange(unknown[0].start, min(unknown[0].start + reach, part.end))
+                    await self._learn_books_of(page)
+                    at = page.end
+            await self.save()
 
     def booked_count(self, within: TimeRange) -> int:
         return sum(run.length for run in self._ledger.booked.within(within)) // self._step
 
     def gaps(self, within: TimeRange) -> list[Gap]:
-        # By runs and not by periods: what is missing may be years.
         within = self.closed_part(within)
         empty = RangeSet(self._ledger.empty.within(within))
-        for period in self._ledger.suspected:
-            if period in within:
-                empty.add(TimeRange(period, period + self._step))
+        for run, _ in self._ledger.suspected.within(within):
+            empty.add(run)
         edge = self._not_offered_before
-        still_open = GapReason.UNREACHABLE if self._unreachable else GapReason.PENDING
         found: list[Gap] = []
         for run in self._stored.missing(within):
             found += [Gap(part, GapReason.NO_TRADES) for part in empty.within(run)]
@@ -134,7 +152,13 @@ class SeriesState(ISeriesView):
                 older = TimeRange(part.start, min(part.end, edge))
                 newer = TimeRange(max(part.start, edge), part.end)
                 found += [Gap(older, GapReason.NOT_OFFERED)] if older else []
-                found += [Gap(newer, still_open)] if newer else []
+                found += [
+                    Gap(item, GapReason.UNREACHABLE) for item in self._unreachable.within(newer)
+                ]
+                if newer:
+                    found += [
+                        Gap(item, GapReason.PENDING) for item in self._unreachable.missing(newer)
+                    ]
         return sorted(found, key=lambda gap: gap.range)
 
     def now_ms(self) -> int:
@@ -150,49 +174,79 @@ class SeriesState(ISeriesView):
         )
 
     def next_look_at(self) -> int | None:
-        return min((self._look_due_at(period) for period in self._owed()), default=None)
+        return min(self._due.values(), default=None)
 
     def looks_due(self) -> TimeRange | None:
         now = self._clock.now_ms()
-        due = [period for period in self._owed() if self._look_due_at(period) <= now]
-        return TimeRange(min(due), max(due) + self._step) if due else None
+        due = [run for run, at in self._due if at <= now]
+        if not due:
+            return None
+        start, end = due[-1].start, due[-1].end
+        for run in reversed(due[:-1]):
+            # Nobody may want what is open between what two clients had asked for.
+            if self._open(TimeRange(run.end, start)):
+                break
+            start = run.start
+        return TimeRange(start, end)
 
-    def work(self, wanted: TimeRange) -> RangeSet:
-        """The periods of ``wanted`` that the exchange has to be asked about now."""
-        wanted = self.closed_part(wanted)
-        now = self._clock.now_ms()
-        ledger = self._ledger
-        work = RangeSet(self._stored.missing(wanted))
-        for proven in ledger.empty.within(wanted):
-            work.remove(proven)
-        for period in ledger.suspected:
-            work.remove(TimeRange(period, period + self._step))
-        work.remove(TimeRange(0, self._not_offered_before))
-        for period in self._owed():
-            if period in wanted and self._look_due_at(period) <= now:
-                work.add(TimeRange(period, period + self._step))
-        return work
+    @property
+    def asks(self) -> int:
+        """The number of the latest request about this series."""
+        return self._asks
+
+    def next_page(self, remaining: TimeRange, *, periods: int, asked_after: int) -> RangeSet:
+        """The newest periods of ``remaining`` that the exchange has to be asked about now, within
+        ``periods`` of the newest; empty when there are none.
+
+        What stayed open in an answer to a request later than number ``asked_after`` is as fresh
+        as whoever asks now can wish.
+        """
+        remaining = self.closed_part(remaining)
+        reach = periods * self._step
+        # Looked for in windows that grow: a year in which all is settled costs few of them, and
+        # one with much to do only the newest.
+        end, width = remaining.end, reach
+        while end > remaining.start:
+            window = TimeRange(max(remaining.start, end - width), end)
+            newest = self._work(window, asked_after).end
+            if newest is not None:
+                page = TimeRange(max(remaining.start, newest - reach), newest)
+                return self._work(page, asked_after)
+            end, width = window.start, 2 * width
+        return RangeSet()
 
     # -- what changes it --------------------------------------------------------------------
 
+    @asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[None]:
+        async with self.lock:
+            yield
+
     def note_book(self, timestamp: int, book: OrderBook) -> None:
         self._books[timestamp] = book
-        # The last look at a period is the last chance to keep its book.
-        horizon = self._clock.now_ms() - LOOKS_MS[-1] - 2 * self._step
+        horizon = self._last_chance_of_books
         for period in [period for period in self._books if period < horizon]:
             del self._books[period]
 
     def use_sink(self, sink: Sink | None) -> None:
         self._sink = sink
 
-    def note_unreachable(self) -> None:
-        """The exchange could not be asked; what is open stays open for that reason."""
-        self._unreachable = True
+    def begin_request(self) -> int:
+        """Number the request that is about to be sent."""
+        self._asks += 1
+        return self._asks
 
-    async def record(self, asked: RangeSet, answer: HistoricalData, *, asked_at: int) -> RangeSet:
+    def note_unreachable(self, wanted: TimeRange) -> None:
+        """The exchange could not be asked; what is open of ``wanted`` stays open for that."""
+        self._unreachable.add(self.closed_part(wanted))
+
+    async def record(
+        self, asked: RangeSet, answer: HistoricalData, *, asked_at: int, request: int
+    ) -> RangeSet:
         """Store what the exchange said of the periods of ``asked``, then remember what it proves.
 
-        ``asked_at`` is when (market ms) it was asked: what an answer proves is as young as that.
+        ``asked_at`` is when (market ms) it was asked: what an answer proves is as young as that,
+        and as the exchange's own clock was if that is behind. ``request`` is its number.
 
         Returns:
             The periods whose entry is new or changed.
@@ -200,50 +254,49 @@ class SeriesState(ISeriesView):
         Raises:
             StorageError: the entries could not be stored; nothing is concluded then.
         """
-        entries = [self._entry(answer, at) for at in range(len(answer.candles))]
-        entries = [entry for entry in entries if entry.timestamp in asked]
+        looked_at = asked_at
+        if answer.exchange_time:
+            looked_at = min(asked_at, answer.exchange_time + EXCHANGE_TIME_GRAIN_MS)
+        entries = [
+            self._entry(answer, at)
+            for at, candle in enumerate(answer.candles)
+            if candle.timestamp in asked
+        ]
         outcomes = await self._store(entries) if entries else []
         changed = RangeSet()
         for outcome in outcomes:
-            self._note_stored(outcome, asked_at)
+            self._note_stored(outcome, asked_at, looked_at)
             if outcome.change is not Change.UNCHANGED:
                 period = outcome.entry.timestamp
                 changed.add(TimeRange(period, period + self._step))
         for run in answer.empty:
             for part in asked.within(run):
-                for period in self._periods(part):
-                    self._note_empty(period, asked_at)
+                self._note_empty(part, asked_at, looked_at)
         if answer.not_offered is not None:
             self._oldest_offered = self._series.interval.floor(answer.not_offered.end)
             self._oldest_learned_at = asked_at
-            self._give_up_on(asked, self._oldest_offered)
-        for period in list(self._owed()):
-            # Asked and not answered: the next answer may hold it, but not at once.
-            if period in asked and self._look_due_at(period) <= asked_at:
-                self._postpone(period, asked_at)
-        self._unreachable = False
+        for part in asked:
+            self._note_asked(part, asked_at, request)
         return changed
 
     async def save(self) -> None:
         """Keep the ledger when it changed. A failure is told and costs no more than requests."""
-        if not self._ledger_changed:
-            return
-        try:
-            await self._storage.write_record(self._ledger_path, self._ledger.to_bytes())
-        except StorageError as exc:
-            if not self._ledger_failing:
-                log.warning("ledger_not_kept", series=str(self._series), error=exc.message)
-            self._ledger_failing = True
-        else:
-            self._ledger_changed = self._ledger_failing = False
+        async with self._save_lock:
+            if not self._ledger_changed or self._read_only:
+                return
+            # What changes while this is written is for the next time.
+            self._ledger_changed, kept = False, False
+            try:
+                await self._storage.write_record(self._ledger_path, self._ledger.to_bytes())
+                kept = True
+            except StorageError as exc:
+                if not self._ledger_failing:
+                    log.warning("ledger_not_kept", series=str(self._series), error=exc.message)
+            finally:
+                self._ledger_failing = not kept
+                self._ledger_changed |= not kept
 
-    # -- inside -----------------------------------------------------------------------------
-
-    @property
-    def _not_offered_before(self) -> int:
-        """What opens before this was not offered when it was asked for last, a while ago."""
-        fresh = self._clock.now_ms() - self._oldest_learned_at < ASK_OLDER_AGAIN_MS
-        return self._oldest_offered if fresh else 0
+    # -- what is stored ---------------------------------------------------------------------
 
     @property
     def _ledger_path(self) -> str:
@@ -251,19 +304,72 @@ class SeriesState(ISeriesView):
             self._series.exchange, self._series.coin, interval=self._series.interval.name
         )
 
-    async def _load_ledger(self) -> Ledger:
+    async def _load_ledger(self) -> None:
         content = await self._storage.read_record(self._ledger_path)
         ledger = Ledger.from_bytes(content) if content is not None else None
-        if ledger is not None:
-            return ledger
-        newest = await self._storage.get_latest_entry(
-            self._series.exchange, self._series.coin, interval=self._series.interval.name
+        # Without one nothing is verified: everything stored is owed a look.
+        self._ledger = ledger if ledger is not None else Ledger()
+        for run, proven_at in self._ledger.suspected:
+            self._due.set(run, proven_at + SECOND_PROOF_MS)
+        self._ledger_loaded = True
+
+    async def _list(self, part: TimeRange) -> None:
+        """Learn what storage holds of ``part``; the load lock is held."""
+        self._stored_meanwhile = RangeSet()
+        now = self._clock.now_ms()
+        runs = await self._storage.stored_ranges(
+            self._series.exchange,
+            self._series.coin,
+            part.start,
+            part.end,
+            interval=self._series.interval.name,
         )
-        ledger = Ledger()
-        if newest is not None:
-            oldest_owed = self._series.interval.floor(newest.end - UNLEDGERED_LOOKS_MS)
-            ledger.verified.add(TimeRange(0, oldest_owed))
-        return ledger
+        # A listing may or may not show what was stored while it was made.
+        held = RangeSet((*runs, *self._stored_meanwhile.within(part)))
+        for gone in held.missing(part):
+            for lost in self._stored.within(gone):
+                self._due.remove(lost)
+            self._stored.remove(gone)
+            for proofs in (self._ledger.verified, self._ledger.booked, self._ledger.bookless):
+                self._drop(proofs, gone)
+        for run in held:
+            for found in self._stored.missing(run):
+                self._stored.add(found)
+                self._drop(self._ledger.empty, found)
+                self._no_longer_suspect(found)
+                for owed in self._ledger.verified.missing(found):
+                    self._owe(owed)
+        # What closes from now on is written by this process alone: it is known without asking,
+        # also while storage is away.
+        reaches_now = part.end >= self._series.interval.floor(self._clock.now_ms())
+        until = _FOREVER if reaches_now and not self._listed.within(part) else part.end
+        self._listed.set(TimeRange(part.start, until), now)
+
+    async def _learn_books_of(self, page: TimeRange) -> None:
+        entries = await self._storage.get_raw_data_range(
+            self._series.exchange,
+            self._series.coin,
+            page.start,
+            page.end,
+            interval=self._series.interval.name,
+        )
+        ledger = self._ledger
+        without = RangeSet()
+        for entry in entries:
+            period = TimeRange(entry.timestamp, entry.end)
+            if entry.timestamp not in self._stored:
+                continue
+            if entry.order_book is not None:
+                self._add(ledger.booked, period)
+            elif entry.timestamp not in ledger.booked:
+                without.add(period)
+        for run in without:
+            final = TimeRange(run.start, min(run.end, self._last_chance_of_books))
+            for part in (final, *ledger.verified.within(run)):
+                self._add(ledger.bookless, part)
+        read = RangeSet(TimeRange(entry.timestamp, entry.end) for entry in entries)
+        if any(read.missing(run) for run in self._stored.within(page)):
+            await self.refresh(page)
 
     async def _store(self, entries: Sequence[Entry]) -> list[Stored]:
         if self._sink is not None:
@@ -274,7 +380,10 @@ class SeriesState(ISeriesView):
         candle = answer.candles[at]
         end = candle.timestamp + self._step
         book = self._books.get(candle.timestamp)
-        if book is not None and abs(book.timestamp - end) > BOOK_TOLERANCE_MS:
+        if book is not None and (
+            abs(book.timestamp - end) > BOOK_TOLERANCE_MS
+            or candle.timestamp < self._last_chance_of_books
+        ):
             book = None
         live = self._clock.now_ms() - end <= LIVE_WITHIN_MS
         return Entry(
@@ -285,82 +394,159 @@ class SeriesState(ISeriesView):
             source="stream" if live else "rest",
         )
 
-    def _note_stored(self, outcome: Stored, asked_at: int) -> None:
+    # -- what is proven ---------------------------------------------------------------------
+
+    @property
+    def _not_offered_before(self) -> int:
+        """What opens before this was not offered when it was asked for last, a while ago."""
+        fresh = self._clock.now_ms() - self._oldest_learned_at < ASK_OLDER_AGAIN_MS
+        return self._oldest_offered if fresh else 0
+
+    @property
+    def _last_chance_of_books(self) -> int:
+        """What opens before this gets no book any more: its last look is over."""
+        return self._series.interval.floor(self._clock.now_ms() - LOOKS_MS[-1] - 2 * self._step)
+
+    def _open(self, window: TimeRange) -> RangeSet:
+        """The periods of ``window`` that are neither stored nor proven."""
+        found = RangeSet(self._stored.missing(window))
+        for proven in self._ledger.empty.within(window):
+            found.remove(proven)
+        for proven, _ in self._ledger.suspected.within(window):
+            found.remove(proven)
+        found.remove(TimeRange(window.start, self._not_offered_before))
+        return found
+
+    def _work(self, window: TimeRange, asked_after: int) -> RangeSet:
+        now = self._clock.now_ms()
+        work = self._open(window)
+        for run, request in self._unanswered.within(window):
+            if request > asked_after:
+                work.remove(run)
+        for run, due in self._due.within(window):
+            if due <= now:
+                work.add(run)
+        return work
+
+    def _note_stored(self, outcome: Stored, asked_at: int, looked_at: int) -> None:
         entry = outcome.entry
         period = TimeRange(entry.timestamp, entry.end)
         ledger = self._ledger
         self._stored.add(period)
-        self._ledger_changed |= ledger.suspected.pop(entry.timestamp, None) is not None
-        if entry.order_book is not None and entry.timestamp not in ledger.booked:
-            ledger.booked.add(period)
-            self._ledger_changed = True
-        self._postponed.pop(entry.timestamp, None)
-        if self._count_looks(entry.timestamp, asked_at) == len(LOOKS_MS):
-            ledger.verified.add(period)
-            self._ledger_changed = True
+        self._stored_meanwhile.add(period)
+        self._drop(ledger.empty, period)
+        self._no_longer_suspect(period)
+        final = looked_at - entry.end >= LOOKS_MS[-1]
+        if final:
+            self._due.remove(period)
+            self._add(ledger.verified, period)
+        else:
+            self._owe_next(period, asked_at, looked_at)
+        if entry.order_book is not None:
+            self._add(ledger.booked, period)
+            self._drop(ledger.bookless, period)
+        elif final and outcome.change is not Change.UNCHANGED and not self._storage.status.spooled:
+            # What is unchanged, or waits in the spool, may have been judged by memory alone, which
+            # holds no books.
+            self._drop(ledger.booked, period)
+            self._add(ledger.bookless, period)
 
-    def _note_empty(self, period: int, asked_at: int) -> None:
+    def _note_empty(self, run: TimeRange, asked_at: int, looked_at: int) -> None:
+        """The periods of ``run`` were proven to be without a candle."""
         ledger = self._ledger
-        if period in self._stored:
+        for part in self._stored.missing(run):
+            # Ended an hour ago or longer by then: the answer is final, if it is the second.
+            late = TimeRange(part.start, min(part.end, self._final_before(looked_at)))
+            for again, proven_at in ledger.suspected.within(late):
+                if asked_at - proven_at >= SECOND_PROOF_MS:
+                    self._no_longer_suspect(again)
+                    self._due.remove(again)
+                    self._add(ledger.empty, again)
+            for rest in RangeSet(ledger.empty.within(part)).missing(part):
+                for new in ledger.suspected.missing(rest):
+                    ledger.suspected.set(new, asked_at)
+                    self._ledger_changed = True
+                for suspect, proven_at in ledger.suspected.within(rest):
+                    self._owe_next(
+                        suspect, asked_at, looked_at, not_before=proven_at + SECOND_PROOF_MS
+                    )
+        for part in self._stored.within(run):
             # The exchange has dropped a candle that it gave before, or left it out of this answer:
             # what is stored stays, and is looked at again until an answer holds it.
-            self._postpone(period, asked_at)
-            return
-        looks = self._count_looks(period, asked_at)
-        proven_at = ledger.suspected.get(period)
-        if proven_at is None:
-            ledger.suspected[period] = asked_at
-        elif asked_at - proven_at >= SECOND_PROOF_MS and looks == len(LOOKS_MS):
-            del ledger.suspected[period]
-            ledger.empty.add(TimeRange(period, period + self._step))
-        self._ledger_changed = True
+            self._postpone(part, asked_at)
 
-    def _postpone(self, period: int, asked_at: int) -> None:
-        """Look again a little later; after a day without a word of it, what is stored is final."""
-        end = period + self._step
-        if period in self._stored and asked_at - end > KEEP_LOOKING_MS:
-            self._ledger.verified.add(TimeRange(period, end))
-            self._postponed.pop(period, None)
-            self._ledger_changed = True
-        else:
-            self._postponed[period] = asked_at + SECOND_PROOF_MS
+    def _note_asked(self, run: TimeRange, asked_at: int, request: int) -> None:
+        """The periods of ``run`` were asked about, and what was said of them has been noted."""
+        self._unreachable.remove(run)
+        self._unanswered.remove(run)
+        for still_open in self._open(run):
+            self._unanswered.set(still_open, request)
+        # Owed and not answered: the next answer may hold it, but not at once.
+        for part, due in self._due.within(run):
+            if due <= asked_at:
+                self._postpone(part, asked_at)
 
-    def _give_up_on(self, asked: RangeSet, before: int) -> None:
-        """Take what was proven of periods that the exchange gives no more as final."""
+    def _postpone(self, run: TimeRange, asked_at: int) -> None:
+        """Look again a little later; after a day without a word of it, what is known is final."""
         ledger = self._ledger
-        for period in [period for period in self._owed() if period < before and period in asked]:
-            run = TimeRange(period, period + self._step)
-            if ledger.suspected.pop(period, None) is not None:
-                ledger.empty.add(run)
-            else:
-                ledger.verified.add(run)
+        given_up = TimeRange(
+            run.start,
+            min(run.end, self._series.interval.floor(asked_at - KEEP_LOOKING_MS - 1)),
+        )
+        for part in self._stored.within(given_up):
+            self._due.remove(part)
+            self._add(ledger.verified, part)
+        for part, _ in ledger.suspected.within(given_up):
+            if part.start < self._not_offered_before:
+                self._due.remove(part)
+                self._no_longer_suspect(part)
+        later = asked_at + max(TRY_AGAIN_MS, (asked_at - run.end) // TRY_AGAIN_PART)
+        if run.start < self._not_offered_before:
+            later = asked_at + ASK_OLDER_AGAIN_MS
+        for part, _ in self._due.within(run):
+            self._due.set(part, later)
+
+    # -- what is owed -----------------------------------------------------------------------
+
+    def _owe(self, run: TimeRange) -> None:
+        """Nobody knows of a look at the periods of ``run``: each is due from its first on."""
+        first = self._step + LOOKS_MS[0]
+        over = self._series.interval.floor(self._clock.now_ms() - first) + self._step
+        past = TimeRange(run.start, min(run.end, over))
+        self._due.set(past, past.start + first)
+        for period in range(max(run.start, over), run.end, self._step):
+            self._due.set(TimeRange(period, period + self._step), period + first)
+
+    def _owe_next(
+        self, run: TimeRange, asked_at: int, looked_at: int, *, not_before: int = 0
+    ) -> None:
+        """Owe the periods of ``run`` the look after one that was taken at ``looked_at``."""
+        soon = max(not_before, asked_at + 1)
+        old = self._final_before(looked_at)
+        self._due.set(TimeRange(run.start, min(run.end, old)), soon)
+        behind = asked_at - looked_at
+        for period in range(max(run.start, old), run.end, self._step):
+            end = period + self._step
+            due = next(end + look for look in LOOKS_MS if looked_at < end + look)
+            self._due.set(TimeRange(period, end), max(due + behind, soon))
+
+    def _final_before(self, looked_at: int) -> int:
+        """The periods before this had ended so long ago that a look at that time is their last."""
+        return self._series.interval.floor(looked_at - LOOKS_MS[-1])
+
+    # -- the ledger -------------------------------------------------------------------------
+
+    def _add(self, proofs: RangeSet, run: TimeRange) -> None:
+        if run and proofs.missing(run):
+            proofs.add(run)
             self._ledger_changed = True
 
-    def _count_looks(self, period: int, asked_at: int) -> int:
-        age = asked_at - (period + self._step)
-        looks = sum(age >= threshold for threshold in LOOKS_MS)
-        if looks == len(LOOKS_MS):
-            self._looks.pop(period, None)
-            self._postponed.pop(period, None)
-        else:
-            self._looks[period] = looks
-        return looks
+    def _drop(self, proofs: RangeSet, run: TimeRange) -> None:
+        if proofs.within(run):
+            proofs.remove(run)
+            self._ledger_changed = True
 
-    def _owed(self) -> Iterator[int]:
-        """The periods whose last look has not been taken."""
-        ledger = self._ledger
-        for run in self._stored:
-            for part in ledger.verified.missing(run):
-                yield from self._periods(part)
-        yield from ledger.suspected
-
-    def _look_due_at(self, period: int) -> int:
-        end = period + self._step
-        proven_at = self._ledger.suspected.get(period)
-        due = end + LOOKS_MS[self._looks.get(period, 0)]
-        if proven_at is not None:
-            due = max(due, proven_at + SECOND_PROOF_MS)
-        return max(due, self._postponed.get(period, 0))
-
-    def _periods(self, run: TimeRange) -> range:
-        return range(run.start, run.end, self._step)
+    def _no_longer_suspect(self, run: TimeRange) -> None:
+        if self._ledger.suspected.within(run):
+            self._ledger.suspected.remove(run)
+            self._ledger_changed = True

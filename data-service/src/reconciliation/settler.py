@@ -18,16 +18,21 @@ from reconciliation.series_state import SeriesState
 
 @dataclass(slots=True)
 class Progress:
-    """How far a range has been settled: what lies before ``remaining.end`` is still to do."""
+    """How far a range has been settled: what lies before ``remaining.end`` is still to do.
+
+    ``asked_after`` is the number of the latest request about the series when settling was asked
+    for: what stays open in an answer to a later one need not be asked again.
+    """
 
     wanted: TimeRange
     remaining: TimeRange
+    asked_after: int
     fetched: RangeSet = field(default_factory=RangeSet)
     error: ExchangeError | None = None
 
     @classmethod
-    def over(cls, wanted: TimeRange) -> Progress:
-        return cls(wanted=wanted, remaining=wanted)
+    def over(cls, state: SeriesState, wanted: TimeRange) -> Progress:
+        return cls(wanted=wanted, remaining=wanted, asked_after=state.asks)
 
 
 Ask = Callable[[SeriesState, TimeRange], Awaitable[HistoricalData]]
@@ -59,21 +64,21 @@ async def settle_page(
     """
     async with state.lock:
         await state.load(progress.wanted)
-        asked = state.work(progress.remaining)
-        if asked.end is None:
+        # One request may settle many holes: everything to do within a page of the newest.
+        page = state.next_page(
+            progress.remaining, periods=page_periods, asked_after=progress.asked_after
+        )
+        if page.first is None or page.end is None:
             progress.remaining = TimeRange(progress.wanted.start, progress.wanted.start)
             return False
-        # One request may settle many holes: everything to do within a page of the newest.
-        reach = page_periods * state.series.interval.milliseconds
-        page = RangeSet(asked.within(TimeRange(asked.end - reach, asked.end)))
-        span = TimeRange(next(iter(page)).start, asked.end)
-        asked_at = state.now_ms()
+        span = TimeRange(page.first, page.end)
+        asked_at, request = state.now_ms(), state.begin_request()
         try:
             answer = await ask(state, span)
         except ExchangeError:
-            state.note_unreachable()
+            state.note_unreachable(progress.remaining)
             raise
-        for run in await state.record(page, answer, asked_at=asked_at):
+        for run in await state.record(page, answer, asked_at=asked_at, request=request):
             progress.fetched.add(run)
         await state.save()
         progress.remaining = TimeRange(progress.remaining.start, span.start)
@@ -99,7 +104,7 @@ async def settle(
     Raises:
         StorageError: storage could not be listed or written; nothing was concluded.
     """
-    progress = Progress.over(wanted)
+    progress = Progress.over(state, wanted)
     more = True
     while more:
         try:

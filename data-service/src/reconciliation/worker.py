@@ -1,22 +1,25 @@
 """The settling worker of one exchange: who is settled first, and how an outage is probed.
 
 Jobs wait in a queue by priority, a page at a time, so that a live candle never stands behind a
-whole backfill. After a failure the exchange is left alone for a while that grows; then one job
-asks, and the others follow only once it was answered.
+whole backfill; every so many pages the last in line goes first, so that endless requests do not
+keep it waiting for ever. A series is worked at by one runner, so that a slow one holds up no other.
+After a failure the exchange is left alone for a while that grows; then one job asks, and the others
+follow only once it was answered.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import random
-from dataclasses import dataclass, field
-from typing import Final
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, TypeVar
 
 import structlog
 
 from domain.clock import IClock
+from domain.order_book import OrderBook
 from domain.time_range import TimeRange
 from exchange_source.interfaces import (
     BadExchangeAnswer,
@@ -33,16 +36,24 @@ from reconciliation.settler import Ask, Progress, asking, report_of, settle_page
 
 RUNNERS: Final = 8
 QUEUE_BOUND: Final = 10_000
+# Each page of this many is one of the least urgent job that waits.
+FAIR_TURN: Final = 8
 FIRST_PAUSE_S: Final = 0.5
 LONGEST_PAUSE_S: Final = 30.0
 # A pause that the exchange asks for is kept up to this.
 LONGEST_ASKED_FOR_S: Final = 3600.0
 
+_T = TypeVar("_T")
+
 log = structlog.get_logger(__name__)
 
 
 class Outage:
-    """Whether the exchange may be asked now (real time)."""
+    """Whether the exchange may be asked now (real time).
+
+    It cannot once it has failed two markets in a row: what fails for one alone is that market's
+    trouble, and costs the others nothing. An exchange that asks for a pause gets it at once.
+    """
 
     def __init__(self, exchange: str, clock: IClock, rng: random.Random) -> None:
         self._exchange = exchange
@@ -51,9 +62,17 @@ class Outage:
         self._failures = 0
         self._until = 0.0
         self._probing = False
+        self._markets: set[str] = set()
+        self._failing: set[str] = set()
+        self._over = asyncio.Event()
+        self._over.set()
 
-    def enter(self) -> bool:
-        """Let a request out; during an outage that is one probe at a time.
+    async def until_over(self) -> None:
+        """Return as soon as no outage is known."""
+        await self._over.wait()
+
+    def enter(self, market: str) -> bool:
+        """Let a request about a market out; during an outage that is one probe at a time.
 
         Returns:
             Whether the request is that probe.
@@ -61,6 +80,7 @@ class Outage:
         Raises:
             ExchangeUnavailable: it is too early to ask again.
         """
+        self._markets.add(market)
         if self._failures == 0:
             return False
         if self._probing or self._clock.monotonic() < self._until:
@@ -77,16 +97,22 @@ class Outage:
             log.info("exchange_answers_again", exchange=self._exchange)
         self._failures = 0
         self._probing = False
+        self._failing.clear()
+        self._over.set()
 
-    def failed(self, error: ExchangeError, *, probe: bool) -> None:
+    def failed(self, error: ExchangeError, market: str, *, probe: bool) -> None:
         if self._failures and not probe:
             return  # sent before the outage began: no further failure
         if self._failures == 0:
+            self._failing.add(market)
+            if error.retry_after is None and len(self._failing) < min(2, len(self._markets)):
+                return
             log.warning("exchange_cannot_be_asked", exchange=self._exchange, error=error.message)
         pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failures, 16))
         asked_for = min(error.retry_after or 0.0, LONGEST_ASKED_FOR_S)
         pause = max(pause * self._rng.uniform(0.75, 1.25), asked_for)
         self._failures += 1
+        self._over.clear()
         self._until = self._clock.monotonic() + pause
         self._probing = False
 
@@ -102,13 +128,18 @@ class Outage:
         return max(0.05, self._until - self._clock.monotonic())
 
 
-@dataclass(order=True, slots=True)
+_Key = tuple[SeriesState, TimeRange, Priority]
+
+
+@dataclass(slots=True, eq=False)
 class _Job:
+    key: _Key
     priority: Priority
-    order: int
-    state: SeriesState = field(compare=False)
-    progress: Progress = field(compare=False)
-    done: asyncio.Future[SettleReport] = field(compare=False)
+    state: SeriesState
+    progress: Progress
+    done: asyncio.Future[SettleReport]
+    waiters: int = 0
+    ending: bool = False
 
 
 class SettlingWorker:
@@ -128,11 +159,11 @@ class SettlingWorker:
         self._on_settled = on_settled
         self._page_periods = client.history_page
         self._runners = runners
-        self._queue: list[_Job] = []
-        self._order = itertools.count()
+        self._queues: dict[Priority, deque[_Job]] = {priority: deque() for priority in Priority}
+        self._busy: set[SeriesState] = set()
+        self._taken = 0
         self._ready = asyncio.Condition()
-        self._shared: dict[tuple[SeriesState, TimeRange, Priority], asyncio.Future[SettleReport]]
-        self._shared = {}
+        self._jobs: dict[_Key, _Job] = {}
         self._stopped = False
 
     @property
@@ -140,24 +171,45 @@ class SettlingWorker:
         """Real seconds until the exchange may be asked again; 0 when it may now."""
         return self._outage.retry_in
 
+    async def until_answering(self) -> None:
+        """Return as soon as no outage of the exchange is known."""
+        await self._outage.until_over()
+
+    async def order_book(self, market: str) -> OrderBook:
+        """The top of the book now, by REST; see ``IReconciler.order_book``."""
+        return await self._ask(
+            market, lambda: self._client.fetch_order_book(market, priority=Priority.LIVE)
+        )
+
     async def settle(
         self, state: SeriesState, wanted: TimeRange, *, priority: Priority
     ) -> SettleReport:
         """Queue a range and wait for what it comes to; see ``IReconciler.settle``."""
         key = (state, wanted, priority)
-        done = self._shared.get(key)
-        if done is None:
-            if len(self._queue) >= QUEUE_BOUND or self._stopped:
+        job = self._jobs.get(key)
+        if job is None:
+            if len(self._jobs) >= QUEUE_BOUND or self._stopped:
                 raise ExchangeUnavailable(
-                    f"{self._client.get_exchange_name()} has {len(self._queue)} ranges waiting; "
+                    f"{self._client.get_exchange_name()} has {len(self._jobs)} ranges waiting; "
                     f"ask again later",
                     retry_after=LONGEST_PAUSE_S,
                 )
-            done = asyncio.get_running_loop().create_future()
-            self._shared[key] = done
-            done.add_done_callback(lambda _: self._shared.pop(key, None))
-            await self._put(_Job(priority, next(self._order), state, Progress.over(wanted), done))
-        return await asyncio.shield(done)
+            done: asyncio.Future[SettleReport] = asyncio.get_running_loop().create_future()
+            job = _Job(key, priority, state, Progress.over(state, wanted), done)
+            self._jobs[key] = job
+            self._queues[priority].append(job)
+        job.waiters += 1
+        try:
+            async with self._ready:
+                self._ready.notify()
+            return await asyncio.shield(job.done)
+        finally:
+            job.waiters -= 1
+
+    def end_all(self) -> None:
+        """Begin no page of the jobs that there are; they end with what they came to."""
+        for job in self._jobs.values():
+            job.ending = True
 
     async def run(self) -> None:
         """Work until cancelled; jobs that are left then end with ``ExchangeUnavailable``."""
@@ -167,69 +219,102 @@ class SettlingWorker:
                     group.create_task(self._run_jobs())
         finally:
             self._stopped = True
-            for done in list(self._shared.values()):
-                _fail(done, ExchangeUnavailable("the service is shutting down"))
-
-    async def _put(self, job: _Job) -> None:
-        async with self._ready:
-            heapq.heappush(self._queue, job)
-            self._ready.notify()
+            for job in list(self._jobs.values()):
+                self._fail(job, ExchangeUnavailable("the service is shutting down"))
 
     async def _run_jobs(self) -> None:
         while True:
             async with self._ready:
-                while not self._queue:
+                while (taken := self._take()) is None:
                     await self._ready.wait()
-                job = heapq.heappop(self._queue)
-            if await self._work(job):
-                job.order = next(self._order)
-                await self._put(job)
+            job, priority = taken
+            try:
+                more = await self._work(job, priority)
+            finally:
+                self._busy.discard(job.state)
+            if more:
+                self._queues[job.priority].append(job)
 
-    async def _work(self, job: _Job) -> bool:
+    def _take(self) -> tuple[_Job, Priority] | None:
+        """The job whose page is next, out of its queue, and how urgently it may ask."""
+        fair = (self._taken + 1) % FAIR_TURN == 0
+        for priority in reversed(Priority) if fair else Priority:
+            queue = self._queues[priority]
+            # Of one series the urgent job goes first all the same: it may leave the other nothing.
+            urgent = {job.state for job in self._queued_before(priority)} if fair else set()
+            for at, job in enumerate(queue):
+                if job.state in self._busy or job.state in urgent:
+                    continue
+                del queue[at]
+                self._taken += 1
+                self._busy.add(job.state)
+                # The exchange's limiter knows no turns: there, too, it must not wait for ever.
+                return job, min(priority, Priority.REQUEST) if fair else priority
+        return None
+
+    def _queued_before(self, priority: Priority) -> Iterator[_Job]:
+        """The jobs that wait and are more urgent."""
+        for more_urgent in Priority:
+            if more_urgent < priority:
+                yield from self._queues[more_urgent]
+
+    async def _work(self, job: _Job, priority: Priority) -> bool:
         """Settle one page of a job; whether it has to be queued again."""
         progress, more = job.progress, False
+        if job.waiters == 0:
+            # Everybody who wanted it has left.
+            del self._jobs[job.key]
+            job.done.cancel()
+            return False
         try:
-            more = await settle_page(
-                job.state, progress, self._asking(job.priority), page_periods=self._page_periods
-            )
-            await self._on_settled(job.state.series)
+            if job.ending:
+                await job.state.load(progress.wanted)
+            else:
+                more = await settle_page(
+                    job.state, progress, self._asking(priority), page_periods=self._page_periods
+                )
+                await self._on_settled(job.state.series)
         except ExchangeError as exc:
             progress.error = exc
         except asyncio.CancelledError:
-            _fail(job.done, ExchangeUnavailable("the service is shutting down"))
+            self._fail(job, ExchangeUnavailable("the service is shutting down"))
             raise
         except Exception as exc:  # noqa: BLE001  the outermost loop: the caller gets the error
-            _fail(job.done, exc)
+            self._fail(job, exc)
             return False
-        if not more and not job.done.done():
+        if not more:
+            del self._jobs[job.key]
             job.done.set_result(report_of(job.state, progress))
         return more
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        if self._jobs.pop(job.key, None) is not None:
+            job.done.set_exception(error)
+            # A caller that has left must not make the loop complain that nobody asked.
+            job.done.exception()
 
     def _asking(self, priority: Priority) -> Ask:
         direct = asking(self._client, priority)
 
         async def ask(state: SeriesState, page: TimeRange) -> HistoricalData:
-            probe = self._outage.enter()
-            try:
-                answer = await direct(state, page)
-            except (BadExchangeAnswer, ExchangeRefused):
-                # It answers: what is wrong may be wrong with this market alone.
-                self._outage.answered()
-                raise
-            except ExchangeError as exc:
-                self._outage.failed(exc, probe=probe)
-                raise
-            except BaseException:
-                self._outage.released(probe=probe)
-                raise
-            self._outage.answered()
-            return answer
+            return await self._ask(state.market, lambda: direct(state, page))
 
         return ask
 
-
-def _fail(done: asyncio.Future[SettleReport], error: Exception) -> None:
-    if not done.done():
-        done.set_exception(error)
-        # A caller that has left must not make the loop complain that nobody asked.
-        done.exception()
+    async def _ask(self, market: str, request: Callable[[], Awaitable[_T]]) -> _T:
+        """Make a request about a market, if no outage forbids it, and note what it says of one."""
+        probe = self._outage.enter(market)
+        try:
+            answer = await request()
+        except (BadExchangeAnswer, ExchangeRefused):
+            # It answers: what is wrong may be wrong with this market alone.
+            self._outage.answered()
+            raise
+        except ExchangeError as exc:
+            self._outage.failed(exc, market, probe=probe)
+            raise
+        except BaseException:
+            self._outage.released(probe=probe)
+            raise
+        self._outage.answered()
+        return answer

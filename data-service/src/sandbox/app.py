@@ -17,7 +17,7 @@ from domain.clock import MarketClock, http_date
 from sandbox.control import PREFIX as CONTROL
 from sandbox.control import Control, RequestLog, answer
 from sandbox.cryptocom import MESSAGE_LIMIT, CryptocomProtocol
-from sandbox.faults import Fault, FaultBoard
+from sandbox.faults import Fault, FaultBoard, plain_name
 from sandbox.prices import DEFAULT_HISTORY_START_MS, GeneratedPrices, IPriceSource
 from sandbox.protocol import IProtocol
 from sandbox.replay import load_replay
@@ -86,7 +86,7 @@ def create_sandbox(config: SandboxConfig) -> web.Application:
     protocols = [CryptocomProtocol(venue, hub, heartbeat_s=config.heartbeat_s)]
     app = web.Application(
         middlewares=[
-            _counted(log, clock),
+            _counted(log, venue, protocols),
             _connections(faults),
             _paced(config, protocols),
             _faulty(faults, protocols),
@@ -141,14 +141,29 @@ def _is_socket(request: web.Request) -> bool:
     return request.headers.get("Upgrade", "").lower() == "websocket"
 
 
-def _counted(log: RequestLog, clock: ExchangeClock) -> Middleware:
+def _counted(log: RequestLog, venue: Venue, protocols: Sequence[IProtocol]) -> Middleware:
+    markets = {plain_name(item.symbol): item.symbol for item in venue.instruments()}
+
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not _is_control(request):
-            # Paths that do not exist share a name, so that the log cannot grow without bound.
-            known = request.match_info.http_exception is None
-            log.add(request.path if known else "(unknown)", clock.real_ms())
-        return await handler(request)
+        if _is_control(request):
+            return await handler(request)
+        # Paths that do not exist share a name, and markets that do not exist are left out, so
+        # that the log cannot grow without bound.
+        known = request.match_info.http_exception is None
+        log.add(request.path if known else "(unknown)", venue.clock.real_ms())
+        protocol = _protocol_of(request, protocols)
+        instrument = protocol.asked_for(request)[0] if protocol is not None else None
+        market = markets.get(plain_name(instrument or ""))
+        if market is not None:
+            log.by_market[market] += 1
+        try:
+            response = await handler(request)
+        except web.HTTPException as exc:
+            log.by_status[exc.status] += 1
+            raise
+        log.by_status[response.status] += 1
+        return response
 
     return middleware
 

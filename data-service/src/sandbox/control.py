@@ -36,9 +36,12 @@ _PAGE: Final = """<!doctype html>
 
 @dataclass(slots=True)
 class RequestLog:
-    """How many requests came, by path and by real second; the last hour of seconds is kept."""
+    """How many requests came, by path and by real second, of which the last hour is kept; how many
+    REST requests were of each market; and how each that was answered was answered."""
 
     by_path: Counter[str] = field(default_factory=Counter)
+    by_market: Counter[str] = field(default_factory=Counter)
+    by_status: Counter[int] = field(default_factory=Counter)
     seconds: deque[tuple[int, Counter[str]]] = field(
         default_factory=lambda: deque(maxlen=_SECONDS_KEPT)
     )
@@ -134,6 +137,8 @@ class Control:
     def _stats(self) -> dict[str, Any]:
         return {
             "requests": dict(self._log.by_path),
+            "markets": dict(self._log.by_market),
+            "statuses": {str(status): count for status, count in self._log.by_status.items()},
             "per_second": [
                 {"second": second, "requests": counts.total(), "by_path": dict(counts)}
                 for second, counts in self._log.seconds

@@ -64,6 +64,11 @@ class StaleVersion(StorageError):
     decide anew: the same write again would fail again."""
 
 
+def no_root(address: str) -> StorageError:
+    """The error of a root that is not there, where none may be made."""
+    return StorageError(f"{address}: there is no such storage root; check STORAGE_ROOT")
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """A document as it lies in a backend.
@@ -138,10 +143,14 @@ class IRawDataStorage(ABC):
         """Where the root is, without secrets: tells roots apart, and is shown to people."""
 
     @abstractmethod
-    async def open(self) -> None:
+    async def open(self, *, read_only: bool = False) -> None:
         """Connect, make the root where that is allowed, and clean up what killed writers left.
 
-        May be called again after it failed.
+        May be called again after it failed. With ``read_only`` nothing is made and nothing is
+        cleaned up.
+
+        Raises:
+            StorageError: the root is not there, and ``read_only`` forbids to make it.
         """
 
     @abstractmethod

@@ -1,209 +1,228 @@
-"""The table of targets as Delta keeps it: its schema, its rows, its errors. Everything blocks.
+"""The rows of the table of targets: writes to its newest version, reads from a kept snapshot.
 
-Nothing above this module knows deltalake.
+Everything blocks.
 """
 
 from __future__ import annotations
 
-import re
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Field, QueryBuilder, Schema
-from deltalake.exceptions import (
-    CommitFailedError,
-    DeltaError,
-    DeltaProtocolError,
-    SchemaMismatchError,
-    TableNotFoundError,
+import pyarrow.fs
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from target_management.delta_engine import (
+    ARROW_SCHEMA,
+    COLUMNS,
+    NO_HOOKS,
+    SCHEMA,
+    DeltaEngine,
+    check_schema,
+    commit,
+    translated,
 )
-from deltalake.schema import PrimitiveType
+from target_management.interfaces import Target
 
-from target_management.interfaces import (
-    Target,
-    TargetError,
-    TargetSchemaMismatch,
-    TargetStoreUnavailable,
-)
-
-_COLUMNS: Final = {
-    "target_id": "string",
-    "coin": "string",
-    "exchange": "string",
-    "exchange_id": "string",
-    "market": "string",
-    "interval": "string",
-    "enabled": "boolean",
-    "since": "long",
-    "created_at": "long",
-    "last_updated": "long",
-}
-_ARROW_TYPES: Final = {"string": pa.string(), "boolean": pa.bool_(), "long": pa.int64()}
-_SCHEMA: Final = Schema(
-    [Field(name, PrimitiveType(kind), nullable=False) for name, kind in _COLUMNS.items()]
-)
-_ARROW_SCHEMA: Final = pa.schema(
-    [pa.field(name, _ARROW_TYPES[kind], nullable=False) for name, kind in _COLUMNS.items()]
-)
-# A conflict is answered by looking again at what is there, not by committing what was meant for
-# an older state.
-_ONE_TRY: Final = CommitProperties(max_commit_retries=0)
-# Every commit leaves a small file, and reading costs by the file.
-_MOST_FILES: Final = 32
-_ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")
-_SIGNATURE: Final = re.compile(r"(sig|signature)=[^&\s\"')]+", re.IGNORECASE)
-_LONGEST_DETAIL: Final = 300
+_FIELDS: Final = [name for name in COLUMNS if name != "target_id"]
 
 
-class WriteConflict(TargetError):
-    """Another process committed first; the write changed nothing and may be tried again."""
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who changes the table, and when (ms since the epoch); told in its history."""
+
+    by: str
+    at_ms: int
 
 
-class DeltaEngine:
-    """Opens and makes tables; tests of a cloud stand in for it."""
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """The rows of one version, by id in order, and the handle that has it.
 
-    def open(self, uri: str, storage_options: dict[str, str] | None) -> DeltaTable:
-        """The table at ``uri`` in its newest version."""
-        return DeltaTable(uri, storage_options=storage_options)
+    ``stamp`` is size (bytes) and change time (ns) of the log entry the version ends with.
+    """
 
-    def create(self, uri: str, schema: Schema, storage_options: dict[str, str] | None) -> None:
-        """Make an empty table at ``uri`` if there is none."""
-        DeltaTable.create(uri, schema, mode="ignore", storage_options=storage_options)
+    table: DeltaTable
+    version: int
+    stamp: tuple[int | None, int | None]
+    rows: dict[str, Target]
 
 
 class TargetTable:
-    """The rows of one table, opened anew for each operation.
+    """The rows of one table.
 
     Every method raises ``TargetStoreUnavailable``, ``TargetSchemaMismatch`` or ``TargetError``;
-    those that write raise ``WriteConflict`` when another writer was faster.
+    those that write also ``WriteConflict``, when another writer was faster. A write looks at the
+    newest version; it returns its answer and the version it made, None when it changed nothing.
+
+    Several threads may use it. Readers share a snapshot, which follows the table by its log;
+    ``timeout_s`` is how long (s) one waits while another brings it up to date.
     """
 
-    def __init__(self, engine: DeltaEngine, uri: str, storage_options: dict[str, str]) -> None:
+    def __init__(
+        self,
+        engine: DeltaEngine,
+        uri: str,
+        storage_options: dict[str, str] | None,
+        *,
+        timeout_s: float = 30.0,
+    ) -> None:
         self._engine = engine
         self._uri = uri
-        self._storage_options = storage_options or None
+        self._storage_options = storage_options
+        self._timeout_s = timeout_s
+        # The rows of each data file of the newest version seen. A data file never changes.
+        self._files: dict[str, list[Target]] = {}
+        self._snapshot: _Snapshot | None = None
+        self._reading = threading.Lock()
 
     def prepare(self) -> None:
-        """Make the table if it is missing, check its schema, and merge its small files."""
+        """Make the table if it is missing, and check its schema."""
         with self._translated():
             try:
-                table = self._open()
-            except TableNotFoundError:
-                self._engine.create(self._uri, _SCHEMA, self._storage_options)
-                table = self._open()
-            if len(table.file_uris()) > _MOST_FILES:
-                table.optimize.compact(commit_properties=_ONE_TRY)
-
-    def add(self, target: Target) -> bool:
-        """Insert a row unless one of its id is there; whether it was inserted."""
-        row = {name: [getattr(target, name)] for name in _COLUMNS}
-        with self._translated():
-            metrics = (
                 self._open()
-                .merge(
-                    pa.table(row, schema=_ARROW_SCHEMA),
+            except TableNotFoundError:
+                self._engine.create(self._uri, SCHEMA, self._storage_options)
+                self._open()
+
+    def add(self, target: Target, origin: Origin) -> tuple[bool, int | None]:
+        """Insert a row unless one of its id is there; whether it was inserted."""
+        row = {name: getattr(target, name) for name in COLUMNS}
+        with self._translated():
+            table = self._open()
+            metrics = (
+                table.merge(
+                    pa.table({name: [value] for name, value in row.items()}, schema=ARROW_SCHEMA),
                     "target.target_id = source.target_id",
                     source_alias="source",
                     target_alias="target",
-                    commit_properties=_ONE_TRY,
+                    commit_properties=_change("add_target", target.target_id, origin, row),
+                    post_commithook_properties=NO_HOOKS,
                 )
                 .when_not_matched_insert_all()
                 .execute()
             )
-        return bool(metrics["num_target_rows_inserted"])
+        added = bool(metrics["num_target_rows_inserted"])
+        return added, table.version() if added else None
 
-    def update(self, target_id: str, changes: Mapping[str, Any], now_ms: int) -> Target | None:
+    def update(
+        self, target_id: str, changes: Mapping[str, Any], origin: Origin
+    ) -> tuple[Target | None, int | None]:
         """Change fields of a row; the row as it is then, or None when there is none."""
         with self._translated():
             table = self._open()
-            held = _rows(table, target_id)
-            if held and any(getattr(held[0], field) != new for field, new in changes.items()):
-                values = {**changes, "last_updated": now_ms}
-                table.update(
-                    updates={field: _literal(new) for field, new in values.items()},
-                    predicate=_is(target_id),
-                    commit_properties=_ONE_TRY,
-                )
-                held = _rows(table, target_id)
-        return held[0] if held else None
+            held = self._rows(table).get(target_id)
+            if held is None or all(getattr(held, field) == new for field, new in changes.items()):
+                return held, None
+            values = {**changes, "last_updated": origin.at_ms}
+            table.update(
+                updates={field: _literal(new) for field, new in values.items()},
+                predicate=_is(target_id),
+                commit_properties=_change("update_target", target_id, origin, changes),
+                post_commithook_properties=NO_HOOKS,
+            )
+        return replace(held, **values), table.version()
 
-    def delete(self, target_id: str) -> bool:
+    def delete(self, target_id: str, origin: Origin) -> tuple[bool, int | None]:
         """Remove a row; whether it was there."""
         with self._translated():
             table = self._open()
-            if not _rows(table, target_id):
-                return False
-            table.delete(_is(target_id), commit_properties=_ONE_TRY)
-        return True
+            if target_id not in self._rows(table):
+                return False, None
+            table.delete(
+                _is(target_id),
+                commit_properties=_change("delete_target", target_id, origin, {}),
+                post_commithook_properties=NO_HOOKS,
+            )
+        return True, table.version()
 
-    def rows(self, target_id: str | None = None) -> list[Target]:
-        """Every row, or those of one id, by ``target_id``."""
-        with self._translated():
-            return _rows(self._open(), target_id)
+    def rows(self) -> dict[str, Target]:
+        """Every row by ``target_id``, in its order; not to be changed."""
+        with self._translated(), self._one_reader():
+            snapshot = self._followed(self._snapshot) if self._snapshot else None
+            if snapshot is None:
+                table = self._open()
+                snapshot = self._taken(table)
+            self._snapshot = snapshot
+        return snapshot.rows
+
+    def _followed(self, snapshot: _Snapshot) -> _Snapshot | None:
+        """The snapshot in the table's newest version; None when it does not lead there."""
+        # The library takes a log entry that is gone for the end of the log, and does not see that
+        # another table lies there now.
+        if self._stamp(snapshot.version) != snapshot.stamp or None in snapshot.stamp:
+            return None
+        try:
+            snapshot.table.update_incremental()
+            if snapshot.table.version() == snapshot.version:
+                return snapshot
+            check_schema(snapshot.table, self._uri)
+            return self._taken(snapshot.table)
+        except (DeltaError, FileNotFoundError):
+            return None
+
+    def _taken(self, table: DeltaTable) -> _Snapshot:
+        version = table.version()
+        return _Snapshot(table, version, self._stamp(version), self._rows(table))
+
+    def _stamp(self, version: int) -> tuple[int | None, int | None]:
+        files = self._engine.files(self._uri, self._storage_options)
+        info = files.get_file_info(f"_delta_log/{version:020}.json")
+        return (info.size, info.mtime_ns) if info.is_file else (None, None)
+
+    def _rows(self, table: DeltaTable) -> dict[str, Target]:
+        """The rows of a handle's version, read from the files that were not read before.
+
+        Not by the library's queries, which hold the interpreter while they wait for the storage,
+        nor by its Arrow tables, which may abort the interpreter when it ends.
+        """
+        held = self._files
+        actions = pa.table(table.get_add_actions(flatten=True))
+        sizes = dict(
+            zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)
+        )
+        if not sizes.keys() <= held.keys():
+            files = self._engine.files(self._uri, self._storage_options, sizes)
+            held = {path: held.get(path) or _read(files, path) for path in sizes}
+            self._files = held
+        rows = [row for path in sizes for row in held[path]]
+        return {row.target_id: row for row in sorted(rows, key=lambda row: row.target_id)}
 
     def _open(self) -> DeltaTable:
         table = self._engine.open(self._uri, self._storage_options)
-        found = {
-            field.name: field.type.type if isinstance(field.type, PrimitiveType) else "nested"
-            for field in table.schema().fields
-        }
-        difference = [
-            *(f"{name} is missing" for name in _COLUMNS if name not in found),
-            *(f"{name} is unknown" for name in found if name not in _COLUMNS),
-            *(
-                f"{name} is {found[name]} instead of {kind}"
-                for name, kind in _COLUMNS.items()
-                if found.get(name, kind) != kind
-            ),
-        ]
-        if difference:
-            raise TargetSchemaMismatch(
-                f"{self._uri} is no table of targets of this version ({'; '.join(difference)}); "
-                f"set TARGET_TABLE_PATH to another place, or move the table away"
-            )
+        check_schema(table, self._uri)
         return table
 
+    def _translated(self) -> AbstractContextManager[None]:
+        return translated(self._uri, secret=self._storage_options is not None)
+
     @contextmanager
-    def _translated(self) -> Iterator[None]:
-        # Not chained where there are credentials: an address in a text may carry a signature.
-        hidden = self._storage_options is not None
+    def _one_reader(self) -> Iterator[None]:
+        if not self._reading.acquire(timeout=self._timeout_s):
+            raise TimeoutError(f"another reader of {self._uri} waits for {self._timeout_s:g} s")
         try:
             yield
-        except CommitFailedError as exc:
-            raise WriteConflict(f"{self._uri}: another process wrote first") from exc
-        except SchemaMismatchError as exc:
-            raise TargetSchemaMismatch(f"{self._uri}: {_detail(exc)}") from exc
-        except TableNotFoundError as exc:
-            raise TargetStoreUnavailable(
-                f"{self._uri}: there is no table of targets; restart the service to make one, or "
-                f"bring it back"
-            ) from (None if hidden else exc)
-        except DeltaProtocolError as exc:
-            raise TargetError(
-                f"{self._uri}: the table needs a newer Delta library: {_detail(exc)}"
-            ) from exc
-        except DeltaError as exc:
-            raise TargetError(f"{self._uri}: {_detail(exc)}") from (None if hidden else exc)
-        except OSError as exc:
-            raise TargetStoreUnavailable(
-                f"{self._uri}: the table cannot be reached; check the path, its permissions and, "
-                f"on Azure, AZURE_STORAGE_OPTIONS and the network: {_detail(exc)}"
-            ) from (None if hidden else exc)
+        finally:
+            self._reading.release()
 
 
-def _rows(table: DeltaTable, target_id: str | None = None) -> list[Target]:
-    # A query engine reads: DeltaTable.to_pyarrow_table may abort the interpreter when it exits.
-    where = "" if target_id is None else f" WHERE {_is(target_id)}"
-    # Quoted, since ``interval`` is a word of SQL.
-    columns = ", ".join(f'"{name}"' for name in _COLUMNS)
-    query = f"SELECT {columns} FROM targets{where} ORDER BY target_id"  # noqa: S608  the id is quoted
-    answer = QueryBuilder().register("targets", table).execute(query).read_all()
-    return [
-        Target(**{name: value for name, value in row.items() if name != "target_id"})
-        for row in pa.table(answer).to_pylist()
-    ]
+def _read(files: pyarrow.fs.FileSystem, path: str) -> list[Target]:
+    with files.open_input_file(path) as file:
+        content = file.read()
+    table = pq.ParquetFile(pa.BufferReader(content)).read(columns=_FIELDS, use_threads=False)
+    return [Target(**row) for row in table.to_pylist()]
+
+
+def _change(change: str, target_id: str, origin: Origin, values: Mapping[str, Any]) -> Any:
+    """What the history tells of a commit."""
+    return commit(
+        change=change, target_id=target_id, by=origin.by, at=origin.at_ms, values=dict(values)
+    )
 
 
 def _is(target_id: str) -> str:
@@ -216,9 +235,3 @@ def _literal(value: object) -> str:
         quoted = value.replace("'", "''")
         return f"'{quoted}'"
     return str(value)
-
-
-def _detail(exc: BaseException) -> str:
-    """What a library said, on one line, without colours and signatures."""
-    text = " ".join(_ANSI.sub("", str(exc)).split())
-    return _SIGNATURE.sub(r"\1=***", text)[:_LONGEST_DETAIL]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from domain.interval import Interval
 from domain.series import Series
 from errors import DataServiceError
+
+SERVICE: Final = "service"
+"""Who changes a target where nobody asked for it."""
 
 
 class TargetError(DataServiceError):
@@ -19,6 +22,12 @@ class TargetStoreUnavailable(TargetError):
     """The table cannot be reached or written for now."""
 
     retryable = True
+
+
+class TargetStoreDenied(TargetStoreUnavailable):
+    """Credentials or permissions are wrong; asking again does not mend that."""
+
+    retryable = False
 
 
 class TargetSchemaMismatch(TargetError):
@@ -55,16 +64,21 @@ class Target:
 class ITargetManager(ABC):
     """The table of targets; several processes may write it at once.
 
+    Who makes a change (``by``: a user, a client, the service itself) is kept in the table's history
+    with what was changed and when. A change that changes nothing leaves no trace.
+
     Every method raises ``TargetStoreUnavailable`` when the table cannot be reached and
     ``TargetSchemaMismatch`` when it is not this service's.
     """
 
     @abstractmethod
-    async def add_target(self, target: Target) -> bool:
+    async def add_target(self, target: Target, *, by: str = SERVICE) -> bool:
         """Add a row; True when it was added, False when one of its id exists (nothing changes)."""
 
     @abstractmethod
-    async def update_target(self, target_id: str, **changes: Any) -> Target | None:
+    async def update_target(
+        self, target_id: str, *, by: str = SERVICE, **changes: Any
+    ) -> Target | None:
         """Change ``enabled``, ``since`` or ``market`` of a row; None when there is no such row.
 
         Raises:
@@ -72,7 +86,7 @@ class ITargetManager(ABC):
         """
 
     @abstractmethod
-    async def delete_target(self, target_id: str) -> bool:
+    async def delete_target(self, target_id: str, *, by: str = SERVICE) -> bool:
         """Remove a row; whether it was there."""
 
     @abstractmethod

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import structlog
+
 from config import Settings
 from domain.clock import IClock
-from errors import ConfigurationError
+from target_management.audit import NAME, AuditFile, AuditObjects, IAudit
 from target_management.changes import check_changes
-from target_management.delta_table import DeltaEngine, TargetTable, WriteConflict
+from target_management.delta_engine import DeltaEngine, WriteConflict
+from target_management.delta_table import Origin, TargetTable
 from target_management.file_lock import file_lock
-from target_management.interfaces import ITargetManager, Target, TargetStoreUnavailable
+from target_management.interfaces import (
+    SERVICE,
+    ITargetManager,
+    Target,
+    TargetError,
+    TargetStoreUnavailable,
+)
+from target_management.place import check_place
+from target_management.upkeep import Upkeep
 
 _T = TypeVar("_T")
 _THREADS: Final = 4
 _TRIES: Final = 20
 _FIRST_BACK_OFF_S: Final = 0.02
 _LONGEST_BACK_OFF_S: Final = 1.0
-_AZURE_SCHEMES: Final = ("az://", "abfs://", "abfss://", "azure://", "adl://")
-# Azure's own patience is three minutes; whoever waits here has given up long before.
-_AZURE_PATIENCE: Final = {"max_retries": "2", "retry_timeout": "15s", "timeout": "10s"}
+
+log = structlog.get_logger(__name__)
 
 
 class TargetManager(ITargetManager):
@@ -34,6 +44,12 @@ class TargetManager(ITargetManager):
     Several processes may write at once: every write looks at the newest version and is tried again,
     after a growing and jittered pause, when another writer was faster. On a local disk a lock file
     beside the table (``{table_path}.lock``) keeps writers apart in the first place.
+
+    Every method returns or raises within ``timeout_s``. A write that ran out of time may still
+    come to be: look before it is repeated.
+
+    Some writes keep the table small after they are done (``upkeep``): what goes wrong there is
+    logged, once, and not the write's affair.
 
     Raises:
         ConfigurationError: the storage type, the path and the options do not fit each other.
@@ -51,10 +67,13 @@ class TargetManager(ITargetManager):
         jitter: random.Random | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        options = _check(storage_type, table_path, storage_options)
-        self._table = TargetTable(engine or DeltaEngine(), table_path, options)
-        self._table_path = table_path
-        self._lock_path = Path(f"{table_path}.lock") if storage_type == "local" else None
+        uri, options = check_place(storage_type, table_path, storage_options)
+        engine = engine or DeltaEngine()
+        self._table = TargetTable(engine, uri, options, timeout_s=timeout_s)
+        self._upkeep = Upkeep(engine, uri, options, _audit(engine, uri, options, timeout_s))
+        self._upkeep_fails = False
+        self._uri = uri
+        self._lock_path = Path(f"{uri}.lock") if options is None else None
         self._clock = clock
         self._timeout_s = timeout_s
         self._jitter = jitter or random.Random()  # noqa: S311  spreads retries, hides nothing
@@ -72,32 +91,40 @@ class TargetManager(ITargetManager):
         return cls(settings.targets_on, settings.targets_path, settings.targets_options, clock)
 
     async def open(self) -> None:
-        """Make the table if it is missing, and check that it is one of targets.
+        """Make the table if it is missing, check that it is one of targets, and tidy it.
 
         Raises:
             TargetSchemaMismatch: the table has other columns; the message names the difference.
             TargetStoreUnavailable: it cannot be reached.
         """
-        await self._write(self._table.prepare)
+
+        def prepare() -> tuple[None, None]:
+            self._table.prepare()
+            return None, None
+
+        await self._write(prepare, then=self._upkeep.at_start)
 
     async def close(self) -> None:
         """Take no more work. Idempotent."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def add_target(self, target: Target) -> bool:
-        return await self._write(lambda: self._table.add(target))
+    async def add_target(self, target: Target, *, by: str = SERVICE) -> bool:
+        origin = Origin(by, self._clock.now_ms())
+        return await self._write(lambda: self._table.add(target, origin))
 
-    async def update_target(self, target_id: str, **changes: Any) -> Target | None:
+    async def update_target(
+        self, target_id: str, *, by: str = SERVICE, **changes: Any
+    ) -> Target | None:
         check_changes(changes)
-        now_ms = self._clock.now_ms()
-        return await self._write(lambda: self._table.update(target_id, changes, now_ms))
+        origin = Origin(by, self._clock.now_ms())
+        return await self._write(lambda: self._table.update(target_id, changes, origin))
 
-    async def delete_target(self, target_id: str) -> bool:
-        return await self._write(lambda: self._table.delete(target_id))
+    async def delete_target(self, target_id: str, *, by: str = SERVICE) -> bool:
+        origin = Origin(by, self._clock.now_ms())
+        return await self._write(lambda: self._table.delete(target_id, origin))
 
     async def get_target(self, target_id: str) -> Target | None:
-        rows = await self._run(lambda: self._table.rows(target_id))
-        return rows[0] if rows else None
+        return (await self._rows()).get(target_id)
 
     async def list_targets(
         self,
@@ -108,77 +135,114 @@ class TargetManager(ITargetManager):
     ) -> list[Target]:
         return [
             row
-            for row in await self._run(self._table.rows)
+            for row in (await self._rows()).values()
             if enabled in (None, row.enabled)
             and coin in (None, row.coin)
             and exchange in (None, row.exchange)
         ]
 
-    async def _write(self, change: Callable[[], _T]) -> _T:
+    async def _rows(self) -> dict[str, Target]:
+        async with self._in_time(self._deadline()):
+            return await self._run(self._table.rows)
+
+    async def _write(
+        self,
+        change: Callable[[], tuple[_T, int | None]],
+        *,
+        then: Callable[[], None] | None = None,
+    ) -> _T:
+        """Apply a change that answers with the version it made, and do the upkeep due then, or
+        ``then``."""
+        deadline = self._deadline()
+        async with self._in_time(deadline):
+            await self._writing.acquire()
+        try:
+            async with self._in_time(deadline):
+                answer, version = await self._tried(change)
+            if version is not None and self._upkeep.due(version):
+                made = version
+                then = then or (lambda: self._upkeep.after(made))
+            if then is not None:
+                await self._keep_up(then, deadline)
+            return answer
+        finally:
+            self._writing.release()
+
+    async def _tried(self, change: Callable[[], _T]) -> _T:
         """Apply a change, again and again while other writers are faster."""
-
-        def apart() -> _T:
-            with self._apart():
-                return change()
-
-        async with self._writing:
-            for attempt in range(_TRIES):
-                try:
-                    return await self._run(apart)
-                except WriteConflict:
-                    await self._sleep(self._back_off_s(attempt))
+        for attempt in range(_TRIES):
+            try:
+                return await self._run(lambda: self._apart(change))
+            except WriteConflict:
+                await self._sleep(self._back_off_s(attempt))
         raise TargetStoreUnavailable(
-            f"{self._table_path}: other processes wrote first {_TRIES} times in a row; try again"
+            f"{self._uri}: other processes wrote first {_TRIES} times in a row; try again"
         )
 
-    def _apart(self) -> AbstractContextManager[None]:
-        """What keeps writers of this machine apart where the table is local."""
-        return file_lock(self._lock_path, self._timeout_s) if self._lock_path else nullcontext()
+    async def _keep_up(self, work: Callable[[], None], deadline: float) -> None:
+        """Do upkeep in what is left of the write's time; what was not done is done another time."""
+        try:
+            async with self._in_time(deadline):
+                await self._run(lambda: self._apart(work))
+        except WriteConflict:
+            return
+        except TargetError as exc:
+            if not self._upkeep_fails:
+                log.warning("targets_upkeep_failed", error=exc.message)
+            self._upkeep_fails = True
+            return
+        if self._upkeep_fails:
+            log.info("targets_upkeep_recovered")
+        self._upkeep_fails = False
+
+    def _apart(self, work: Callable[[], _T]) -> _T:
+        """Work while no other writer of this machine does, where the table is local; blocks."""
+        lock: AbstractContextManager[None] = (
+            file_lock(self._lock_path, self._timeout_s) if self._lock_path else nullcontext()
+        )
+        with lock:
+            return work()
 
     def _back_off_s(self, attempt: int) -> float:
         pause = min(_FIRST_BACK_OFF_S * 2.0**attempt, _LONGEST_BACK_OFF_S)
         return pause * self._jitter.uniform(0.5, 1.5)
 
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._timeout_s
+
+    @asynccontextmanager
+    async def _in_time(self, deadline: float) -> AsyncIterator[None]:
+        """Wait no longer than until ``deadline``, by the loop's clock."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                yield
+        except TimeoutError as exc:
+            raise TargetStoreUnavailable(
+                f"{self._uri}: no answer within {self._timeout_s:g} s; check that nothing holds "
+                f"the table and that its storage answers"
+            ) from exc
+
     async def _run(self, work: Callable[[], _T]) -> _T:
-        """Do blocking ``work`` in a thread, and wait for it no longer than the time-out."""
+        """Do blocking ``work`` in a thread."""
         try:
             job = self._threads.submit(work)
         except RuntimeError as exc:
-            raise TargetStoreUnavailable(f"{self._table_path}: the table is closed") from exc
+            raise TargetStoreUnavailable(f"{self._uri}: the table is closed") from exc
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await asyncio.wrap_future(job)
-        except TimeoutError as exc:
-            raise TargetStoreUnavailable(
-                f"{self._table_path}: no answer within {self._timeout_s:g} s; check that nothing "
-                f"holds the table and that its storage answers"
-            ) from exc
+            return await asyncio.wrap_future(job)
+        except TimeoutError:
+            raise
         except OSError as exc:
             raise TargetStoreUnavailable(
-                f"{self._table_path}: {exc.strerror or exc}; check the path and its permissions"
+                f"{self._uri}: {exc.strerror or exc}; check the path and its permissions"
             ) from exc
 
 
-def _check(
-    storage_type: str, table_path: str, storage_options: Mapping[str, str] | None
-) -> dict[str, str]:
-    """The options to open the table with, once everything fits together."""
-    if storage_type == "local":
-        if "://" in table_path:
-            raise ConfigurationError(
-                "TARGET_TABLE_PATH: takes a local path when TARGET_STORAGE_TYPE is local"
-            )
-        return {}
-    if storage_type != "azure":
-        raise ConfigurationError("TARGET_STORAGE_TYPE: takes local or azure")
-    if not table_path.startswith(_AZURE_SCHEMES):
-        raise ConfigurationError(
-            "TARGET_TABLE_PATH: takes an address such as az://container/targets_delta when "
-            "TARGET_STORAGE_TYPE is azure"
-        )
-    if not storage_options:
-        raise ConfigurationError(
-            "AZURE_STORAGE_OPTIONS: takes a JSON object with the credentials, such as "
-            '{"account_name": "...", "account_key": "..."}, when TARGET_STORAGE_TYPE is azure'
-        )
-    return _AZURE_PATIENCE | dict(storage_options)
+def _audit(
+    engine: DeltaEngine, uri: str, options: dict[str, str] | None, timeout_s: float
+) -> IAudit:
+    """The audit beside a table."""
+    if options is None:
+        return AuditFile(Path(uri).parent / NAME, timeout_s)
+    folder = uri.rpartition("/")[0]
+    return AuditObjects(lambda: engine.files(folder, options))

@@ -493,6 +493,14 @@ class RawDataStorageContract:
         assert storage.address.strip()
         assert await storage.list_coins("crypto.com") == []
 
+    async def test_a_root_that_is_there_can_be_opened_for_reading_alone(
+        self, storage: IRawDataStorage
+    ) -> None:
+        await storage.open()
+        await self.save(storage, NOON)
+        await storage.open(read_only=True)
+        assert await self.times(storage, *EVER) == [NOON]
+
     async def test_warnings_are_sentences(self, storage: IRawDataStorage) -> None:
         await storage.open()
         warnings = await storage.warnings()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,28 +10,9 @@ import pytest
 from auth.module import AuthenticationModuleImpl
 from config import load_settings
 from domain.clock import MarketClock
-from tests.support.processes import SECRET, clean_environment, program, stop
+from tests.support.processes import SECRET, clean_environment, program, run, stop
 
 pytestmark = pytest.mark.e2e
-
-
-async def run(
-    *arguments: str, folder: Path, **settings: str
-) -> tuple[int | None, list[str], list[str]]:
-    """Run a command to its end: exit code, lines of output, lines of errors."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "cli",
-        *arguments,
-        env=clean_environment(**settings),
-        cwd=folder,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    async with asyncio.timeout(30):
-        output, errors = await process.communicate()
-    return process.returncode, output.decode().splitlines(), errors.decode().splitlines()
 
 
 async def test_a_token_speaks_for_its_subject_with_its_scope(tmp_path: Path) -> None:
@@ -55,6 +34,10 @@ async def test_a_token_speaks_for_its_subject_with_its_scope(tmp_path: Path) -> 
         (("serve",), {"AUTH_SECRET": SECRET, "EXCHANGES": "kraken"}, "EXCHANGES"),
         (("token", "--subject", "bot"), {}, "AUTH_SECRET"),
         (("sandbox", "--replay", "nowhere"), {}, "nowhere"),
+        (("verify",), {"EXCHANGES": "kraken"}, "EXCHANGES"),
+        (("verify", "--interval", "7m"), {}, "interval '7m' does not exist"),
+        (("verify",), {"STORAGE_ROOT": "nowhere"}, "nowhere: there is no such storage root"),
+        (("verify",), {"STORAGE_ROOT": "."}, "no service has collected into it yet"),
     ],
 )
 async def test_what_is_wrong_is_one_line(
@@ -63,6 +46,13 @@ async def test_what_is_wrong_is_one_line(
     code, lines, errors = await run(*arguments, folder=tmp_path, **settings)
     assert (code, lines, len(errors)) == (2, [], 1)
     assert complaint in errors[0]
+
+
+@pytest.mark.parametrize("days", ["0", "-1", "many", "nan", "40000"])
+async def test_days_that_are_none_are_refused(tmp_path: Path, days: str) -> None:
+    code, lines, errors = await run("verify", f"--days={days}", folder=tmp_path)
+    assert (code, lines) == (2, [])
+    assert "takes a number of days above 0 and up to 36500" in errors[-1]
 
 
 async def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ from historical.interfaces import (
     IJsonWebSocket,
     Summary,
 )
-from target_management.interfaces import Target
+from target_management.interfaces import SERVICE, Target
 
 SECRET = "a secret of the tests that is long enough"
 EXCHANGE = "crypto.com"
@@ -147,6 +147,8 @@ class FakeCollection(IDataCollectionManager):
     subscriptions: list[FakeSubscription] = field(default_factory=list)
     opened: asyncio.Queue[FakeSubscription] = field(default_factory=asyncio.Queue)
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    asked_by: list[str] = field(default_factory=list)
+    unreachable: tuple[str, ...] = ()
     last_closed: int | None = START - FIVE_MINUTES
     fail_with: Exception | None = None
     stream_fails_with: Exception | None = None
@@ -158,7 +160,9 @@ class FakeCollection(IDataCollectionManager):
         exchange: str | None = None,
         interval: str = "5m",
         since: int | None = None,
+        by: str = SERVICE,
     ) -> AddCoinResult:
+        self.asked_by.append(by)
         self._called("add_coin", coin=coin, exchange=exchange, interval=interval, since=since)
         coin = coin.upper()
         market = self._market(coin, exchange)
@@ -178,11 +182,17 @@ class FakeCollection(IDataCollectionManager):
             last_updated=now,
         )
         self.targets[target_id] = TargetStatus(target, TargetState.STARTING, None, None)
-        return AddCoinResult("added", self.targets[target_id])
+        return AddCoinResult("added", self.targets[target_id], self.unreachable)
 
     async def remove_coin(
-        self, coin: str, *, exchange: str | None = None, interval: str | None = None
+        self,
+        coin: str,
+        *,
+        exchange: str | None = None,
+        interval: str | None = None,
+        by: str = SERVICE,
     ) -> TargetStatus:
+        self.asked_by.append(by)
         self._called("remove_coin", coin=coin, exchange=exchange, interval=interval)
         fitting = [
             status

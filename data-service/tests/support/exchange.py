@@ -89,9 +89,11 @@ class FakeExchange(IExchangeAPIClient):
     ``candles`` maps (market, interval) to its candles by timestamp, of the future too: a candle
     shows from its period's open on, or from ``publish_at`` (by market, interval and timestamp,
     market ms). ``history_ms`` is how far back it gives, ``time_offset_ms`` how far its own clock
-    is ahead of ``clock``. ``fail_with`` is raised by every request while it is set. Requests wait
-    while ``gate`` is cleared. ``requests`` counts calls by method, ``asked`` holds the histories
-    asked for.
+    is ahead of ``clock``. ``fail_with`` is raised by every request while it is set; with
+    ``refuse_history`` those for candles are refused, and those about one of ``failing_markets``
+    fail. Requests wait while ``gate`` is cleared.
+    Markets of ``inactive`` are listed and not traded. ``requests`` counts calls by method,
+    ``asked`` holds the histories asked for.
     """
 
     clock: IClock
@@ -106,8 +108,11 @@ class FakeExchange(IExchangeAPIClient):
     grace_ms: int = 5_000
     time_offset_ms: int = 0
     publish_at: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    inactive: set[str] = field(default_factory=set)
     book: OrderBook | None = None
     fail_with: ExchangeError | None = None
+    refuse_history: bool = False
+    failing_markets: set[str] = field(default_factory=set)
     requests: Counter[str] = field(default_factory=Counter)
     asked: list[Asked] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
@@ -153,7 +158,8 @@ class FakeExchange(IExchangeAPIClient):
         await self._request("check_coin_availability")
         coin = coin_symbol.upper()
         wanted = [coin] if "/" in coin else [f"{coin}/{quote}" for quote in self.quotes]
-        return next((market for market in wanted if market in self.markets), None)
+        active = [market for market in self.markets if market not in self.inactive]
+        return next((market for market in wanted if market in active), None)
 
     async def fetch_historical_data(
         self,
@@ -169,6 +175,8 @@ class FakeExchange(IExchangeAPIClient):
         period = Interval.parse(interval)
         self.asked.append(Asked(market, interval, TimeRange(start, end), priority))
         await self._request("fetch_historical_data", market)
+        if self.refuse_history:
+            raise ExchangeRefused(f"{self.name} gives no history of {market}")
         now = self.clock.now_ms() + self.time_offset_ms
         rows = self._visible(market, period, now)
         candles: list[Candle] = []
@@ -226,6 +234,8 @@ class FakeExchange(IExchangeAPIClient):
         self.streams.append(stream)
         if self.fail_with is not None:
             stream.end(self.fail_with)
+        elif market not in self.markets:
+            stream.end(ExchangeRefused(f"{self.name} does not know the market {market}"))
         return stream
 
     async def _request(self, method: str, market: str | None = None) -> None:
@@ -235,6 +245,8 @@ class FakeExchange(IExchangeAPIClient):
             raise ExchangeUnavailable(f"{self.name} is closed")
         if self.fail_with is not None:
             raise self.fail_with
+        if market in self.failing_markets:
+            raise ExchangeUnavailable(f"{self.name} does not answer about {market}")
         if market is not None and market not in self.markets:
             raise ExchangeRefused(f"{self.name} does not know the market {market}")
 

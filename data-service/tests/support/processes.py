@@ -23,6 +23,7 @@ from domain.clock import MarketClock
 SECRET: Final = "a-secret-of-the-tests-with-32-bytes-or-more"
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 20.0
+RUN_TIMEOUT_S: Final = 30.0
 
 
 def market_clock(market_ms: int, speed: float) -> MarketClock:
@@ -32,7 +33,7 @@ def market_clock(market_ms: int, speed: float) -> MarketClock:
 
 def clean_environment(**settings: str) -> dict[str, str]:
     """The environment without any setting of the service but ``settings``."""
-    kept = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
+    kept = ("PATH", "PYTHONPATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
     return {name: os.environ[name] for name in kept if name in os.environ} | settings
 
 
@@ -94,6 +95,30 @@ async def stop(process: asyncio.subprocess.Process, number: int = signal.SIGTERM
             raise AssertionError(f"the program did not end after signal {number}") from None
     assert process.returncode is not None
     return process.returncode
+
+
+async def run(
+    *arguments: str, folder: Path, **settings: str
+) -> tuple[int | None, list[str], list[str]]:
+    """Run a command to its end: exit code, lines of output, lines of errors."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "cli",
+        *arguments,
+        env=clean_environment(**settings),
+        cwd=folder,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(RUN_TIMEOUT_S):
+            output, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return process.returncode, output.decode().splitlines(), errors.decode().splitlines()
 
 
 @dataclass

@@ -19,6 +19,7 @@ from storage.interfaces import (
     StaleVersion,
     StorageError,
     Timestamp,
+    no_root,
 )
 from storage.path_utility import (
     RAW_DATA,
@@ -72,8 +73,10 @@ class InMemoryStorage(IRawDataStorage):
     def address(self) -> str:
         return f"memory:{self._name}"
 
-    async def open(self) -> None:
+    async def open(self, *, read_only: bool = False) -> None:
         self.check()
+        if read_only and not self.opened:
+            raise no_root(self.address)
         self.opened = True
 
     async def save_entry(

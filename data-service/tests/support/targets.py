@@ -7,27 +7,34 @@ from typing import Any
 
 from domain.clock import IClock
 from target_management.changes import check_changes
-from target_management.interfaces import ITargetManager, Target, TargetError
+from target_management.interfaces import SERVICE, ITargetManager, Target, TargetError
 from tests.support.clock import ManualClock
 
 
 class InMemoryTargets(ITargetManager):
     """Rows in a dictionary.
 
-    ``rows`` is everything held, by ``target_id``; ``fail_with`` is raised by every method while
-    it is set.
+    ``rows`` is everything held, by ``target_id``; ``history`` tells each change: what was done, the
+    target's id, and who did it. ``fail_with`` is raised by every method while it is set.
     """
 
     def __init__(self, *targets: Target, clock: IClock | None = None) -> None:
         self.rows: dict[str, Target] = {target.target_id: target for target in targets}
+        self.history: list[tuple[str, str, str]] = []
         self.fail_with: TargetError | None = None
         self._clock = clock or ManualClock()
 
-    async def add_target(self, target: Target) -> bool:
+    async def add_target(self, target: Target, *, by: str = SERVICE) -> bool:
         self._fail()
-        return self.rows.setdefault(target.target_id, target) is target
+        if target.target_id in self.rows:
+            return False
+        self.rows[target.target_id] = target
+        self.history.append(("add_target", target.target_id, by))
+        return True
 
-    async def update_target(self, target_id: str, **changes: Any) -> Target | None:
+    async def update_target(
+        self, target_id: str, *, by: str = SERVICE, **changes: Any
+    ) -> Target | None:
         check_changes(changes)
         self._fail()
         held = self.rows.get(target_id)
@@ -35,11 +42,15 @@ class InMemoryTargets(ITargetManager):
             return None
         if any(getattr(held, field) != new for field, new in changes.items()):
             self.rows[target_id] = replace(held, **changes, last_updated=self._clock.now_ms())
+            self.history.append(("update_target", target_id, by))
         return self.rows[target_id]
 
-    async def delete_target(self, target_id: str) -> bool:
+    async def delete_target(self, target_id: str, *, by: str = SERVICE) -> bool:
         self._fail()
-        return self.rows.pop(target_id, None) is not None
+        if self.rows.pop(target_id, None) is None:
+            return False
+        self.history.append(("delete_target", target_id, by))
+        return True
 
     async def get_target(self, target_id: str) -> Target | None:
         self._fail()

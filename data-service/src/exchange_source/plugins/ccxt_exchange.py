@@ -47,6 +47,8 @@ from exchange_source.proof import PageProof
 # it holds and for one that it does not.
 _MARKETS_MAX_AGE_S: Final = 3600.0
 _UNKNOWN_COIN_MAX_AGE_S: Final = 60.0
+# The same once the exchange has refused a market that its list holds.
+_DOUBTED_MAX_AGE_S: Final = 5.0
 # Real seconds of silence after a refusal for asking too much that names no delay.
 _DEFAULT_PENALTY_S: Final = 2.0
 _LONGEST_PENALTY_S: Final = 3600.0
@@ -108,6 +110,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
         self._skew_ms = 0
         self._spot: dict[str, bool] = {}
         self._loaded_at: float | None = None
+        self._doubted = False
         self._loading = asyncio.Lock()
         self._candle_feeds: dict[tuple[str, str], CandleFeed] = {}
         self._book_feeds: dict[str, OrderBookFeed] = {}
@@ -271,6 +274,10 @@ class CCXTExchangeClient(IExchangeAPIClient):
         async with self._limiter.slot(Priority.LIVE):
             self._check_open()
 
+    def doubt_markets(self) -> None:
+        """Ask for the list of markets again when it is needed next."""
+        self._doubted = True
+
     def candle_query(self, window: TimeRange) -> tuple[int | None, int, dict[str, Any]]:
         """``since``, ``limit`` and ``params`` for ccxt's ``fetch_ohlcv`` to ask for one window."""
         return window.start, self.page_rows, {"until": window.end - 1}
@@ -324,6 +331,9 @@ class CCXTExchangeClient(IExchangeAPIClient):
             except ExchangeUnavailable as exc:
                 self._penalize(exc)
                 raise
+            except ExchangeRefused:
+                self._doubted = True
+                raise
             except TRANSLATED as exc:
                 failed = translate(exc, self.exchange_name)
                 self._penalize(failed)
@@ -358,7 +368,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
             # takes everybody else who waits for the same load along.
             if self._loaded_at is not None:
                 age = self._clock.monotonic() - self._loaded_at
-                if age < max_age_s:
+                if age < (_DOUBTED_MAX_AGE_S if self._doubted else max_age_s):
                     return
             try:
                 markets, _ = await self._request(priority, self.vendor.fetch_markets)
@@ -373,6 +383,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
             raise BadExchangeAnswer(f"{self.exchange_name}: its list holds no spot market")
         self.vendor.set_markets(markets)
         self._spot = spot
+        self._doubted = False
         self._loaded_at = self._clock.monotonic()
 
     async def _know(self, market: str, priority: Priority) -> None:

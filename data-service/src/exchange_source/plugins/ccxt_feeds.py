@@ -45,6 +45,9 @@ class IFeedSource(Protocol):
     async def prepare_feed(self, market: str) -> None:
         """Know the market, and wait for the limiter's leave to subscribe."""
 
+    def doubt_markets(self) -> None:
+        """The exchange refuses a market: its list may have changed."""
+
 
 class Stream(IStreamHandle):
     """One reader of a feed."""
@@ -160,7 +163,8 @@ class Feed(ABC):
             self.end_streams(error)
 
     async def _next(self) -> Any:
-        """Wait for news; whatever fails here breaks the socket, a refusal apart."""
+        """Wait for news. What fails here breaks the socket, unless it is about this topic alone:
+        a refusal, or something that cannot be believed."""
         name = self._source.get_exchange_name()
         try:
             return await self._watch()
@@ -174,13 +178,17 @@ class Feed(ABC):
             raise failed from exc
         except ExchangeRefused:
             self._subscriber.socket = None  # there is nothing to unsubscribe from
+            self._source.doubt_markets()
+            raise
+        except BadExchangeAnswer:
             raise
         except ExchangeError as exc:
             self._break_socket(exc)
             raise
         except TRANSLATED as exc:
             translated = translate(exc, name)
-            self._break_socket(translated)
+            if not isinstance(translated, BadExchangeAnswer):
+                self._break_socket(translated)
             raise translated from exc
 
     def _break_socket(self, error: ExchangeError) -> None:

@@ -3,8 +3,9 @@
 * Every REST answer: status and body are checked in one place; its headers are kept for the call
   that asked, because calls run side by side on one instance.
 * Every socket: a frame that cannot be read, or a handler that fails, would end ccxt's receive loop
-  silently and leave every watcher waiting. Here it fails them at once, and the socket is closed
-  and forgotten, so that the next watch opens a new one.
+  silently and leave every watcher waiting. Here it fails the watchers of the topic that the frame
+  belongs to; where that cannot be told it fails all of them at once, and the socket is closed and
+  forgotten, so that the next watch opens a new one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ccxt.base.errors import BaseError
 
 from exchange_source.interfaces import BadExchangeAnswer, ExchangeError
 from exchange_source.plugins.ccxt_errors import (
+    TRANSLATED,
     Headers,
     parse_retry_after,
     status_error,
@@ -79,6 +81,10 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         No hash means that it cannot be told which: then all of the socket's fail.
         """
         return None
+
+    def topics_of(self, message: Any) -> list[str]:  # noqa: ARG002  a hook
+        """The message hashes of the watches that ``message`` has news for; none if unknown."""
+        return []
 
     def handle_errors(
         self,
@@ -157,9 +163,21 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
             raise BadExchangeAnswer(f"{self.public_name}: frame is no JSON: {message!r:.200}")
         refused = self.refused_watches(message)
         if refused is None:
-            super().handle_message(client, message)
-            return
-        hashes, error = refused
+            try:
+                super().handle_message(client, message)
+            except TRANSLATED as exc:
+                # What one market sends must not cost the others their connection.
+                hashes = self.topics_of(message)
+                if not hashes:
+                    raise
+                error: ExchangeError = BadExchangeAnswer(
+                    f"{self.public_name}: broken frame of {', '.join(hashes)}: {exc!r:.200}"
+                )
+                error.__cause__ = exc
+            else:
+                return
+        else:
+            hashes, error = refused
         if not hashes:
             self.fail_socket(client, error)
         for message_hash in hashes:

@@ -52,6 +52,11 @@ class CryptocomGuards(VendorGuards):
             error.__cause__ = exc
         return [self._message_hash(channel) for channel in _channels(message)], error
 
+    def topics_of(self, message: Any) -> list[str]:
+        result = message.get("result") if isinstance(message, dict) else None
+        channel = result.get("subscription") if isinstance(result, dict) else None
+        return [self._message_hash(channel)] if isinstance(channel, str) else []
+
     def handle_order_book(self, client: Any, message: Any) -> None:
         super().handle_order_book(client, message)
         # ccxt takes a book's time from its snapshot alone, not from the updates after it.

@@ -29,6 +29,7 @@ from storage.interfaces import (
     StaleVersion,
     StorageUnavailable,
     Timestamp,
+    no_root,
 )
 from storage.path_utility import (
     SERVICE_FOLDER,
@@ -102,11 +103,14 @@ class AzureBlobStorage(IRawDataStorage):
     def address(self) -> str:
         return self._address
 
-    async def open(self) -> None:
+    async def open(self, *, read_only: bool = False) -> None:
         if self._client is None:
             self._client = self._account.client(self._held)
-        if not await self._calls.read("", self._container_exists):
-            await self._calls.write("", self._create_container)
+        if await self._calls.read("", self._container_exists):
+            return
+        if read_only:
+            raise no_root(self._address)
+        await self._calls.write("", self._create_container)
 
     async def save_entry(
         self,

@@ -31,6 +31,7 @@ from storage.interfaces import (
     StorageError,
     StorageUnavailable,
     Timestamp,
+    no_root,
 )
 from storage.path_utility import (
     StoragePathUtility,
@@ -140,8 +141,14 @@ class LocalFileStorage(IRawDataStorage):
     def address(self) -> str:
         return f"local:{self._disk.root}"
 
-    async def open(self) -> None:
-        await self._run(lambda _: self._disk.open(), "")
+    async def open(self, *, read_only: bool = False) -> None:
+        def find(_: _Work) -> None:
+            folder = self._disk.open_folder("")
+            if folder is None:
+                raise no_root(self.address)
+            folder.close()
+
+        await self._run(find if read_only else lambda _: self._disk.open(), "")
 
     async def save_entry(
         self,

@@ -113,6 +113,20 @@ class TestAddCoin:
             },
         }
 
+    async def test_exchanges_that_could_not_be_asked_are_named(
+        self, client: httpx.AsyncClient, world: World
+    ) -> None:
+        world.collection.unreachable = ("binance",)
+        response = await client.post("/api/v1/coins", json={"coin": "BTC"})
+        assert response.json()["unreachable"] == ["binance"]
+
+    async def test_who_adds_and_removes_is_told_to_the_manager(
+        self, client: httpx.AsyncClient, world: World
+    ) -> None:
+        await client.post("/api/v1/coins", json={"coin": "BTC"})
+        await client.delete("/api/v1/coins", params={"coin": "BTC"})
+        assert world.collection.asked_by == ["bot", "bot"]
+
     async def test_a_coin_that_is_collected_already_is_told_as_such(
         self, client: httpx.AsyncClient
     ) -> None:

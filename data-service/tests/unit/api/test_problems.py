@@ -37,6 +37,7 @@ from storage.interfaces import StorageConflict, StorageError, StorageUnavailable
 from target_management.interfaces import (
     TargetError,
     TargetSchemaMismatch,
+    TargetStoreDenied,
     TargetStoreUnavailable,
 )
 
@@ -60,6 +61,7 @@ OUTSIDE: dict[type[DataServiceError], tuple[str, int]] = {
     StorageConflict: ("internal", 500),
     TargetError: ("internal", 500),
     TargetStoreUnavailable: ("storage_unavailable", 503),
+    TargetStoreDenied: ("storage_unavailable", 503),
     TargetSchemaMismatch: ("internal", 500),
     SlowConsumer: ("slow_consumer", 429),
     PayloadTooLarge: ("payload_too_large", 413),

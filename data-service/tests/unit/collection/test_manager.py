@@ -23,7 +23,8 @@ from domain.time_range import TimeRange
 from errors import CoinNotAvailable, InvalidRequest, UnknownExchange
 from exchange_source.interfaces import ExchangeUnavailable, Priority
 from storage.interfaces import NotTheCollector, StorageUnavailable
-from target_management.interfaces import TargetStoreUnavailable
+from storage.path_utility import StoragePathUtility
+from target_management.interfaces import SERVICE, TargetStoreUnavailable
 from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
 from tests.support.market import BTC_5M, FIVE, HOUR, MINUTE, T0, book, candle, entry
@@ -97,12 +98,31 @@ async def test_the_exchange_is_selected_by_the_preferences_of_the_coin() -> None
         assert result.target.target.exchange == "binance"
 
 
-async def test_a_preferred_exchange_that_cannot_be_asked_is_passed_over() -> None:
+async def test_a_preferred_exchange_that_cannot_be_asked_is_passed_over_and_named() -> None:
     world = Collecting("crypto.com", "binance")
     world.exchange.fail_with = ExchangeUnavailable("503")
     async with world.running():
         result = await world.manager.add_coin("BTC")
         assert result.target.target.exchange == "binance"
+        assert result.unreachable == ("crypto.com",)
+
+
+async def test_a_preferred_exchange_without_the_coin_gives_way_to_the_general_order() -> None:
+    world = Collecting("crypto.com", "binance", preferences={"BTC": ("binance",)})
+    world.exchanges["binance"].markets = ("ETH/USD",)
+    async with world.running():
+        result = await world.manager.add_coin("BTC")
+        assert result.target.target.exchange == "crypto.com"
+        assert result.unreachable == ()
+
+
+async def test_an_explicit_exchange_is_the_only_one_that_is_asked() -> None:
+    world = Collecting("crypto.com", "binance")
+    world.exchange.fail_with = ExchangeUnavailable("503")
+    async with world.running():
+        with pytest.raises(ExchangeUnavailable):
+            await world.manager.add_coin("BTC", exchange="crypto.com")
+        assert world.exchanges["binance"].requests.total() == 0
 
 
 async def test_a_coin_that_those_who_answer_do_not_list_is_not_available() -> None:
@@ -113,14 +133,17 @@ async def test_a_coin_that_those_who_answer_do_not_list_is_not_available() -> No
             await world.manager.add_coin("DOGE")
 
 
-async def test_when_no_exchange_can_be_asked_that_is_the_error() -> None:
-    world = Collecting()
-    world.exchange.fail_with = ExchangeUnavailable("503")
+async def test_when_no_exchange_can_be_asked_that_is_the_error_and_says_when_to_come_back() -> None:
+    world = Collecting("crypto.com", "binance")
+    world.exchange.fail_with = ExchangeUnavailable("crypto.com: 503", retry_after=9)
+    world.exchanges["binance"].fail_with = ExchangeUnavailable("binance: 418", retry_after=4)
     async with world.running():
-        with pytest.raises(ExchangeUnavailable):
-            await world.manager.add_coin("BTC")
-        with pytest.raises(ExchangeUnavailable):
-            await world.manager.check_availability("BTC")
+        for asking in (world.manager.add_coin, world.manager.check_availability):
+            with pytest.raises(
+                ExchangeUnavailable, match=r"crypto\.com: 503; binance: 418"
+            ) as told:
+                await asking("BTC")
+            assert told.value.retry_after == 4
         assert await world.manager.list_targets() == []
 
 
@@ -228,6 +251,31 @@ async def test_a_replay_tells_the_gaps_of_the_past_in_their_place() -> None:
         assert told[1].gap.range.start == hole
 
 
+async def test_who_resumes_beyond_the_mark_is_told_late_what_was_open_and_nothing_twice() -> None:
+    world = Collecting()
+    start = T0 + 24 * HOUR
+    lost, resumed = start + FIVE, start + 4 * FIVE
+    async with world.running():
+        await world.manager.add_coin("BTC")
+        await world.pass_time(4 * FIVE)
+    # This reader was told everything before; one of it is not there any more.
+    del world.raw.blobs[StoragePathUtility.get_raw_data_path("crypto.com", "BTC", lost)]
+    world.exchange.fail_with = ExchangeUnavailable("503")
+    world.assemble()
+    async with world.running():
+        stream = world.manager.stream_realtime_data("BTC", from_ms=resumed)
+        async with aclosing(stream) as events:
+            started = await first_of(SubscriptionStarted, events)
+            assert started.last_closed == lost - FIVE
+            world.exchange.fail_with = None
+            await world.pass_time(2 * FIVE)
+            told = [await first_of(ClosedCandle, events) for _ in range(2)]
+        assert [(event.entry.timestamp, event.late) for event in told] == [
+            (lost, True),
+            (resumed, False),
+        ]
+
+
 async def test_a_restart_fills_what_was_missed_and_tells_it_in_order() -> None:
     world = Collecting()
     async with world.running():
@@ -254,7 +302,8 @@ async def test_after_an_outage_everything_that_it_swallowed_is_fetched() -> None
         (status,) = await world.manager.list_targets()
         assert status.state is TargetState.DEGRADED
         world.exchange.fail_with = None
-        await world.pass_time(2 * MINUTE)
+        await world.pass_time(MINUTE)
+        await world.update(world.clock.now_ms() // FIVE * FIVE)
         assert await world.stored() == world.wanted()
         assert len(world.exchange.running_streams) == 1
 
@@ -505,9 +554,9 @@ async def test_whoever_subscribes_while_a_coin_is_removed_is_told_so() -> None:
         await world.pass_time(10_000)
         deleting, delete = asyncio.Event(), world.targets.delete_target
 
-        async def slowly(target_id: str) -> bool:
+        async def slowly(target_id: str, *, by: str = SERVICE) -> bool:
             await deleting.wait()
-            return await delete(target_id)
+            return await delete(target_id, by=by)
 
         world.targets.delete_target = slowly  # type: ignore[method-assign]
         removal = asyncio.create_task(world.manager.remove_coin("BTC"))

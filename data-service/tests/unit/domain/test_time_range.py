@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.time_range import RangeSet, TimeRange
+from domain.time_range import RangeMap, RangeSet, TimeRange
 
 # Small enough that ranges meet, touch and nest often; some are empty or turned round.
 ranges = st.builds(TimeRange, st.integers(0, 40), st.integers(0, 40))
@@ -104,3 +104,46 @@ def test_a_range_holds_its_start_and_not_its_end() -> None:
 
 def test_a_range_set_shows_its_ranges() -> None:
     assert repr(RangeSet([TimeRange(1, 2)])) == "RangeSet([TimeRange(start=1, end=2)])"
+
+
+# None removes; few values, so that equal ones touch often.
+settings_of_runs = st.lists(st.tuples(ranges, st.one_of(st.none(), st.integers(1, 3))), max_size=30)
+
+
+def build_map(changes: list[tuple[TimeRange, int | None]]) -> tuple[RangeMap[int], dict[int, int]]:
+    """A range map and the plain dict that went through the same changes."""
+    found, model = RangeMap[int](), dict[int, int]()
+    for item, value in changes:
+        if value is None:
+            found.remove(item)
+            for instant in instants(item):
+                model.pop(instant, None)
+        else:
+            found.set(item, value)
+            model |= dict.fromkeys(instants(item), value)
+    return found, model
+
+
+@given(settings_of_runs, ranges)
+def test_a_range_map_holds_what_a_plain_dict_holds(
+    changes: list[tuple[TimeRange, int | None]], item: TimeRange
+) -> None:
+    found, model = build_map(changes)
+    inside = {instant: value for run, value in found.within(item) for instant in instants(run)}
+    assert inside == {at: value for at, value in model.items() if at in item}
+    assert covered(found.missing(item)) == instants(item) - set(model)
+    assert {at: value for run, value in found for at in instants(run)} == model
+    assert found.values() == [value for _, value in found]
+
+
+@given(settings_of_runs)
+def test_runs_of_a_range_map_are_sorted_and_touch_only_where_values_differ(
+    changes: list[tuple[TimeRange, int | None]],
+) -> None:
+    found, model = build_map(changes)
+    runs = list(found)
+    assert len(found) == len(runs)
+    assert bool(found) == bool(model)
+    for (left, low), (right, high) in itertools.pairwise(runs):
+        assert left.end < right.start or (left.end == right.start and low != high)
+    assert found == RangeMap((TimeRange(at, at + 1), value) for at, value in model.items())

@@ -56,15 +56,14 @@ async def test_a_range_without_closed_periods_is_empty() -> None:
 
 async def test_only_what_storage_lacks_is_fetched_and_it_is_kept() -> None:
     world = Collecting()
-    await world.storage.store_batch([entry(T0 + at * FIVE) for at in range(12)])
-    # Much newer, so that no second look is owed to the others.
-    await world.storage.store_raw_data(entry(T0 + 10 * HOUR))
     async with world.running():
+        await fetcher(world).fetch_data(RESOLVED, TimeRange(T0, T0 + HOUR))
+        world.exchange.asked.clear()
         page = await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
     assert len(page.entries) == 24
     assert (page.from_storage, page.from_exchange) == (12, 12)
     assert [asked.range for asked in world.exchange.asked] == [TimeRange(T0 + HOUR, T0 + 2 * HOUR)]
-    assert len(await world.stored()) == 25
+    assert len(await world.stored()) == 24
 
 
 async def test_what_overlaps_is_there_once_and_as_the_exchange_corrected_it() -> None:

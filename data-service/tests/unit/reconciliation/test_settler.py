@@ -186,7 +186,7 @@ async def test_a_look_is_owed_after_a_restart_however_long_ago_it_was() -> None:
     assert (await world.stored())[T0].close == 100.25
 
 
-async def test_without_a_ledger_the_last_two_hours_before_the_newest_entry_are_owed() -> None:
+async def test_without_a_ledger_everything_stored_is_owed_a_look() -> None:
     world = World(now=T0 + 6 * HOUR)
     world.trade(200)
     await world.settle()
@@ -195,7 +195,11 @@ async def test_without_a_ledger_the_last_two_hours_before_the_newest_entry_are_o
     world.raw.blobs.pop("ledger/crypto.com/BTC/5m.json")
     world.restart()
     await world.state.load(TimeRange(T0, T0 + 6 * HOUR))
-    assert world.state.looks_due() == TimeRange(T0 + 4 * HOUR, T0 + 6 * HOUR)
+    assert world.state.looks_due() == TimeRange(T0, T0 + 6 * HOUR)
+    world.exchange.asked.clear()
+    await world.settle(end=T0 + 6 * HOUR)
+    assert world.state.next_look_at() is None
+    assert len(world.exchange.asked) == 1
 
 
 async def test_without_a_ledger_the_newest_daily_candle_is_owed_its_look_too() -> None:
@@ -302,8 +306,8 @@ async def test_a_candle_that_the_exchange_drops_later_stays_stored() -> None:
     await world.clock.advance(2 * HOUR)
     await world.settle(end=T0 + HOUR)
     assert dropped in await world.stored()
-    # It is looked for again, and not for ever.
-    assert world.state.next_look_at() == world.clock.now_ms() + MINUTE
+    # It is looked for again, ever more rarely, and not for ever.
+    assert world.state.next_look_at() == world.clock.now_ms() + (2 * HOUR + 310_000) // 60
     world.trade(400, start=T0 + HOUR)
     await world.clock.advance(24 * HOUR)
     await world.settle(end=T0 + HOUR)

@@ -405,7 +405,7 @@ async def test_one_fault_of_several_can_be_cleared(http: Http) -> None:
     assert (await beat(http))[0] == 200
 
 
-async def test_requests_are_counted_by_path_and_second_and_sockets_too(
+async def test_requests_are_counted_by_path_second_market_and_status_and_sockets_too(
     sandbox: RunningSandbox, http: Http
 ) -> None:
     for _ in range(3):
@@ -416,6 +416,8 @@ async def test_requests_are_counted_by_path_and_second_and_sockets_too(
         _, stats = await http.get("/_control/stats")
     assert stats["requests"] == {BOOK: 3, "(unknown)": 1, "/exchange/v1/market": 1}
     assert sum(second["requests"] for second in stats["per_second"]) == 5
+    assert stats["markets"] == {"BTC/USD": 3}
+    assert stats["statuses"] == {"200": 3, "404": 1}
     assert (stats["open_sockets"], stats["sockets_opened"]) == (1, 1)
     assert stats["feeds"] == {"ticker.BTC_USD": 1}
 

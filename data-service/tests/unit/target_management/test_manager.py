@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, Schema, write_deltalake
@@ -23,7 +24,7 @@ from deltalake.exceptions import (
 
 from config import load_settings
 from errors import ConfigurationError, InvalidRequest
-from target_management.delta_table import DeltaEngine
+from target_management.delta_engine import DeltaEngine
 from target_management.file_lock import file_lock
 from target_management.interfaces import (
     ITargetManager,
@@ -69,6 +70,14 @@ class Cloud(DeltaEngine):
 
     def create(self, uri: str, schema: Schema, storage_options: dict[str, str] | None) -> None:
         super().create(self._local(uri, storage_options), schema, None)
+
+    def files(
+        self,
+        uri: str,
+        storage_options: dict[str, str] | None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> pyarrow.fs.FileSystem:
+        return super().files(self._local(uri, storage_options), None, sizes)
 
     def _local(self, uri: str, storage_options: dict[str, str] | None) -> str:
         self.seen.append((uri, storage_options))

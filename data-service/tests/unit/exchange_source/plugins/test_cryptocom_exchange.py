@@ -207,6 +207,21 @@ class TestAvailability:
         with pytest.raises(ExchangeUnavailable):
             await exchange.check_coin_availability("NOPE")
 
+    async def test_a_refusal_makes_the_list_doubtful_and_soon_it_is_asked_for_again(
+        self, exchange: CryptocomExchange, server: CryptoComServer, clock: ManualClock
+    ) -> None:
+        assert await exchange.check_coin_availability(BTC) == BTC
+        del server.instruments[0]
+        refusal = {"id": -1, "code": 30003, "message": "Unknown symbol: BTC_USD"}
+        server.answer = answering(lambda: web.json_response(refusal, status=400))
+        with pytest.raises(ExchangeRefused):
+            await history(exchange, 2, 0)
+        # Not at once: it may be refused again and again.
+        assert await exchange.check_coin_availability(BTC) == BTC
+        await clock.advance(5_000)
+        assert await exchange.check_coin_availability(BTC) is None
+        assert len(server.asked("get-instruments")) == 2
+
     @pytest.mark.parametrize(
         "instruments",
         [[], [{"instrument_name": "BTC_USD", "quote_currency": "USD", "base_currency": "BTC"}]],
@@ -758,6 +773,35 @@ class TestCandleStream:
         await server.send_candles(BTC, "1m", candle(0))
         assert await again.next() == candle(0)
         assert server.connections == 2
+
+    async def test_what_a_market_sends_that_cannot_be_read_ends_its_stream_alone(
+        self, exchange: CryptocomExchange, server: CryptoComServer
+    ) -> None:
+        live = await Live().start(exchange, server)
+        other = await exchange.start_realtime_stream(BTC, "5m", live.updates.put)
+        book = await exchange.start_order_book_stream(BTC)
+        for _ in range(2):
+            await server.received("subscribe")
+        await server.send_result({"channel": "book", "subscription": "book.BTC_USD.50", "data": []})
+        with pytest.raises(BadExchangeAnswer, match=r"broken frame of orderbook:BTC/USD"):
+            await ended(book)
+        await server.send_result(
+            {
+                "instrument_name": "BTC_USD",
+                "channel": "candlestick",
+                "subscription": "candlestick.5m.BTC_USD",
+                "interval": "5m",
+                "data": [7],
+            }
+        )
+        with pytest.raises(BadExchangeAnswer, match="no candle"):
+            await ended(other)
+        await server.send_candles(BTC, "1m", candle(0))
+        assert await live.next() == candle(0)
+        again = await exchange.start_order_book_stream(BTC)
+        assert (await server.received("subscribe"))["params"]["channels"] == ["book.BTC_USD.50"]
+        await again.stop()
+        assert server.connections == 1
 
     async def test_a_lost_connection_ends_the_stream(
         self, exchange: CryptocomExchange, server: CryptoComServer

@@ -126,6 +126,18 @@ async def storage(azurite: Azurite, container: str) -> AsyncIterator[AzureBlobSt
     await storage.close()
 
 
+async def test_a_container_that_is_not_there_is_not_made_by_who_only_reads(
+    azurite: Azurite, container: str
+) -> None:
+    storage = AzureBlobStorage(container, connection_string=azurite.connection_string)
+    try:
+        for _ in range(2):
+            with pytest.raises(StorageError, match="there is no such storage root; check"):
+                await storage.open(read_only=True)
+    finally:
+        await storage.close()
+
+
 class TestOnAzurite(RawDataStorageContract):
     raw: ContainerClient
 

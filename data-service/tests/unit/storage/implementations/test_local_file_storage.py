@@ -169,6 +169,17 @@ def disk(tmp_path: Path) -> FailingDisk:
     return FailingDisk(tmp_path)
 
 
+async def test_a_root_that_is_not_there_is_not_made_by_who_only_reads(tmp_path: Path) -> None:
+    storage = LocalFileStorage(tmp_path / "root")
+    try:
+        with pytest.raises(StorageError, match=r"root: there is no such storage root; check"):
+            await storage.open(read_only=True)
+        assert await storage.get_entries("crypto.com", "BTC", [NOON]) == {}
+    finally:
+        await storage.close()
+    assert names_in(tmp_path) == []
+
+
 @pytest.fixture
 async def storage(tmp_path: Path, disk: FailingDisk) -> AsyncIterator[LocalFileStorage]:
     storage = LocalFileStorage(tmp_path, disk=disk)

@@ -1,0 +1,190 @@
+"""What the table of targets is to Delta: its schema, its files, its errors. Everything blocks.
+
+Nothing above ``delta_table`` and ``upkeep`` knows deltalake.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.fs
+from deltalake import CommitProperties, DeltaTable, Field, PostCommitHookProperties, Schema
+from deltalake.exceptions import (
+    CommitFailedError,
+    DeltaError,
+    DeltaProtocolError,
+    SchemaMismatchError,
+    TableNotFoundError,
+)
+from deltalake.fs import DeltaStorageHandler
+from deltalake.schema import PrimitiveType
+
+from target_management.interfaces import (
+    TargetError,
+    TargetSchemaMismatch,
+    TargetStoreDenied,
+    TargetStoreUnavailable,
+)
+
+COLUMNS: Final = {
+    "target_id": "string",
+    "coin": "string",
+    "exchange": "string",
+    "exchange_id": "string",
+    "market": "string",
+    "interval": "string",
+    "enabled": "boolean",
+    "since": "long",
+    "created_at": "long",
+    "last_updated": "long",
+}
+_ARROW_TYPES: Final = {"string": pa.string(), "boolean": pa.bool_(), "long": pa.int64()}
+SCHEMA: Final = Schema(
+    [Field(name, PrimitiveType(kind), nullable=False) for name, kind in COLUMNS.items()]
+)
+ARROW_SCHEMA: Final = pa.schema(
+    [pa.field(name, _ARROW_TYPES[kind], nullable=False) for name, kind in COLUMNS.items()]
+)
+# What other writers of the table go by: the log is ours to clear, once the audit has it.
+_CONFIGURATION: Final = {
+    "delta.enableExpiredLogCleanup": "false",
+    "delta.deletedFileRetentionDuration": "interval 1 days",
+}
+# The library's own upkeep after a commit is off: when it fails, a write that was done is told as
+# failed, and it clears the log without an audit.
+NO_HOOKS: Final = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
+_ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")
+_SIGNATURE: Final = re.compile(r"(sig|signature)=[^&\s\"')]+", re.IGNORECASE)
+# The library has no type for it, only the answer's status and its own words.
+_DENIED: Final = re.compile(
+    r"\b40[13] (?:Unauthorized|Forbidden)\b|lacked the necessary privileges"
+)
+_LONGEST_DETAIL: Final = 300
+
+
+class WriteConflict(TargetError):
+    """Another process committed first; the write changed nothing and may be tried again."""
+
+
+def commit(**told: Any) -> CommitProperties:
+    """A commit of one try that carries what it is.
+
+    A conflict is answered by looking again at what is there, not by committing what was meant for
+    an older state.
+    """
+    return CommitProperties(custom_metadata=told, max_commit_retries=0)
+
+
+class DeltaEngine:
+    """Opens and makes tables; tests of a cloud stand in for it."""
+
+    def open(self, uri: str, storage_options: dict[str, str] | None) -> DeltaTable:
+        """The table at ``uri`` in its newest version."""
+        return DeltaTable(uri, storage_options=storage_options)
+
+    def create(self, uri: str, schema: Schema, storage_options: dict[str, str] | None) -> None:
+        """Make an empty table at ``uri`` if there is none."""
+        DeltaTable.create(
+            uri,
+            schema,
+            mode="ignore",
+            configuration=_CONFIGURATION,
+            storage_options=storage_options,
+            commit_properties=commit(change="create_table", by="service"),
+        )
+
+    def files(
+        self,
+        uri: str,
+        storage_options: dict[str, str] | None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> pyarrow.fs.FileSystem:
+        """The files below ``uri``. Those whose ``sizes`` (bytes, by path) are given open without a
+        request; else opening is one, and holds the interpreter for its time."""
+        known = None if sizes is None else dict(sizes)
+        return pyarrow.fs.PyFileSystem(DeltaStorageHandler(uri, storage_options, known))
+
+
+def check_schema(table: DeltaTable, uri: str) -> None:
+    """Refuse a table that is not one of targets.
+
+    Raises:
+        TargetSchemaMismatch: it has other columns, or needs another way of reading.
+    """
+    found = {field.name: field for field in table.schema().fields}
+    difference = [
+        *(f"{name} is missing" for name in COLUMNS if name not in found),
+        *(f"{name} is unknown" for name in found if name not in COLUMNS),
+        *(
+            f"{name} is {found[name].type.type} instead of {kind}"
+            for name, kind in COLUMNS.items()
+            if name in found and found[name].type.type != kind
+        ),
+        *(
+            f"{name} may be null"
+            for name, kind in COLUMNS.items()
+            if name in found and found[name].type.type == kind and found[name].nullable
+        ),
+    ]
+    # Rows are read from the data files alone.
+    if partitioned := table.metadata().partition_columns:
+        difference.append(f"it is partitioned by {', '.join(partitioned)}")
+    if features := table.protocol().reader_features:
+        difference.append(f"it is written with {', '.join(sorted(features))}")
+    if difference:
+        raise TargetSchemaMismatch(
+            f"{uri} is no table of targets of this version ({'; '.join(difference)}); "
+            f"set TARGET_TABLE_PATH to another place, or move the table away"
+        )
+
+
+@contextmanager
+def translated(uri: str, *, secret: bool) -> Iterator[None]:
+    """Errors of the library as ours.
+
+    Where there are credentials (``secret``) they are not chained: an address in a text may carry a
+    signature.
+    """
+    try:
+        yield
+    except CommitFailedError as exc:
+        raise WriteConflict(f"{uri}: another process wrote first") from (None if secret else exc)
+    except SchemaMismatchError as exc:
+        raise TargetSchemaMismatch(f"{uri}: {detail(exc)}") from (None if secret else exc)
+    except TableNotFoundError as exc:
+        raise TargetStoreUnavailable(
+            f"{uri}: there is no table of targets; restart the service to make one, or bring it "
+            f"back"
+        ) from (None if secret else exc)
+    except DeltaProtocolError as exc:
+        raise TargetError(f"{uri}: the table needs a newer Delta library: {detail(exc)}") from (
+            None if secret else exc
+        )
+    except DeltaError as exc:
+        raise TargetError(f"{uri}: {detail(exc)}") from (None if secret else exc)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:
+        raise TargetError(f"{uri}: a file of the table cannot be read: {detail(exc)}") from (
+            None if secret else exc
+        )
+    except TimeoutError:
+        raise
+    except OSError as exc:
+        if secret and _DENIED.search(str(exc)):
+            raise TargetStoreDenied(
+                f"{uri}: access is denied; check the credentials of AZURE_STORAGE_OPTIONS and what "
+                f"they are allowed to: {detail(exc)}"
+            ) from None
+        raise TargetStoreUnavailable(
+            f"{uri}: the table cannot be reached; check the path, its permissions and, on Azure, "
+            f"AZURE_STORAGE_OPTIONS and the network: {detail(exc)}"
+        ) from (None if secret else exc)
+
+
+def detail(exc: BaseException) -> str:
+    """What a library said, on one line, without colours and signatures."""
+    text = " ".join(_ANSI.sub("", str(exc)).split())
+    return _SIGNATURE.sub(r"\1=***", text)[:_LONGEST_DETAIL]

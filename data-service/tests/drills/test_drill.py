@@ -1,0 +1,292 @@
+"""The drill: a service is killed, starved and lied to by a seeded schedule, and judged at the end.
+
+The sandbox and the service are processes of their own, on a fast market clock over recorded
+series with real holes. The judge is ``checker.py``, which imports nothing of either.
+``CB_TRADE_DRILL=long`` (``make drill``) kills 30 times in place of 5; ``CB_TRADE_DRILL_SEED`` picks
+another schedule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import websockets
+
+from tests.drills.checker import (
+    VALUES,
+    Connection,
+    Row,
+    Series,
+    Truth,
+    check_subscriber,
+    compare,
+    gaps_told,
+    moment_of,
+    read_recording,
+    read_stored,
+)
+from tests.drills.schedule import (
+    BACKFILL_MS,
+    LONG,
+    MINUTE,
+    SHORT,
+    SPEED,
+    Schedule,
+    make_schedule,
+)
+from tests.support.processes import Stack, market_clock, stack
+
+FORM: Final = LONG if os.environ.get("CB_TRADE_DRILL") == "long" else SHORT
+SEED: Final = int(os.environ.get("CB_TRADE_DRILL_SEED", "1"))
+SAMPLES: Final = os.environ.get("CB_TRADE_SAMPLE_DATA")
+# Where the captured series has holes and neighbours enough.
+START: Final = 1_510_056_000_000  # 2017-11-07T12:00:00Z
+# At most so many of the entries that closed while all was up may be without a book.
+WITHOUT_BOOK: Final = 0.05
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(60 + FORM.kills * FORM.seconds_a_kill * 2 + 120),
+]
+
+GENERATED: Final = Series("TEST", "TEST/USD", "1m", MINUTE)
+CAPTURED: Final = Series("UNITTEST", "UNITTEST/BTC", "1m", MINUTE)
+
+
+def generate(path: Path, seed: int) -> None:
+    """Record a market that has holes of one to five minutes every half an hour or so."""
+    rng = random.Random(seed)
+    price, quiet_until = 50.0, 0
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["date", *VALUES])
+        # A day in front, so that what is wanted is not the oldest that there is.
+        for at in range(START - 1_440 * MINUTE, START + 2_880 * MINUTE, MINUTE):
+            if at < quiet_until:
+                continue
+            if rng.random() < 0.03:
+                quiet_until = at + rng.randint(1, 5) * MINUTE
+                continue
+            opened, price = price, round(max(1.0, price + rng.uniform(-0.2, 0.2)), 4)
+            high = round(max(opened, price) + rng.uniform(0.001, 0.1), 4)
+            low = round(min(opened, price) - rng.uniform(0.001, 0.1), 4)
+            writer.writerow([at, opened, high, low, price, round(rng.uniform(0.1, 5), 6)])
+
+
+def record(folder: Path) -> dict[Series, dict[int, Row]]:
+    """Lay the recordings of the drill into a folder; their rows."""
+    folder.mkdir()
+    generate(folder / "TEST_USD-1m.csv", SEED)
+    paths = {GENERATED: folder / "TEST_USD-1m.csv"}
+    if SAMPLES:
+        name = "UNITTEST_BTC-1m.feather"
+        shutil.copy(Path(SAMPLES) / "candles" / name, folder / name)
+        paths[CAPTURED] = folder / name
+    return {series: read_recording(path) for series, path in paths.items()}
+
+
+@dataclass
+class Subscriber:
+    """A client that connects again whenever it is cut off.
+
+    One that ``resumes`` asks from the period after the newest that it was told; another one takes
+    what comes.
+    """
+
+    running: Stack
+    token: str
+    series: Series
+    resumes: bool
+    connections: list[Connection] = field(default_factory=list)
+    next_open: int | None = None
+
+    async def listen(self) -> None:
+        """Listen until cancelled."""
+        while True:
+            # A service that is down refuses, one that is killed breaks off.
+            with suppress(OSError, websockets.WebSocketException, TimeoutError):
+                await self._connect()
+            await asyncio.sleep(0.1)
+
+    async def _connect(self) -> None:
+        connection = Connection(self.series, self.next_open if self.resumes else None)
+        async with self.running.websocket(self.token) as socket:
+            asked = {"type": "subscribe_realtime", "coin": self.series.coin}
+            asked |= {"interval": self.series.interval}
+            if connection.resumed_from is not None:
+                asked["from"] = connection.resumed_from  # type: ignore[assignment]
+            await socket.send(json.dumps(asked))
+            async for text in socket:
+                message = json.loads(text)
+                if message["type"] == "subscribed":
+                    connection.subscribed = message
+                    self.connections.append(connection)
+                elif message["type"] == "error":
+                    return  # it is still starting, perhaps
+                else:
+                    connection.messages.append(message)
+                    self._note(message)
+
+    def _note(self, message: Mapping[str, Any]) -> None:
+        told_until = None
+        if message["type"] == "gap" and not message.get("late"):
+            told_until = message["end"]
+        elif message["type"] == "realtime_data" and message["data"]["closed"]:
+            told_until = message["data"]["timestamp"] + self.series.step
+        if told_until is not None:
+            self.next_open = max(self.next_open or 0, told_until)
+
+
+class Drill:
+    """One drill, from its first moment to its end."""
+
+    def __init__(self, running: Stack, schedule: Schedule, subscribers: list[Subscriber]) -> None:
+        self.running = running
+        self.schedule = schedule
+        self.subscribers = subscribers
+        self.asked_for: dict[int, str] = {}
+
+    async def play(self) -> None:
+        """Do everything that the schedule says, until the looks are over."""
+        async with asyncio.TaskGroup() as group:
+            listening = [group.create_task(item.listen()) for item in self.subscribers]
+            faults = group.create_task(self._break())
+            await self._kill()
+            await faults
+            await self.running.clock.sleep_until(self.schedule.over)
+            for task in listening:
+                task.cancel()
+
+    async def _break(self) -> None:
+        for timed in self.schedule.faults:
+            await self.running.clock.sleep_until(timed.at)
+            (number,) = await self.running.fault(dict(timed.fault))
+            self.asked_for[number] = timed.fault["kind"]
+
+    async def _kill(self) -> None:
+        for at in self.schedule.kills:
+            await self.running.clock.sleep_until(at)
+            await self.running.kill_service()
+            await self.running.start_service()
+
+    async def hits(self) -> Counter[str]:
+        """What each kind of fault has hit."""
+        found: Counter[str] = Counter(dict.fromkeys(self.asked_for.values(), 0))
+        for number, hits in (await self.running.hits()).items():
+            found[self.asked_for[number]] += hits
+        return found
+
+
+@asynccontextmanager
+async def collecting(folder: Path, serieses: Iterable[Series]) -> AsyncIterator[Stack]:
+    """The sandbox on the recordings, and a service that collects them."""
+    async with stack(
+        folder,
+        market_clock(START, SPEED),
+        sandbox_arguments=("--replay", str(folder / "record")),
+        EXCHANGE_QUOTES="USD,BTC",
+    ) as running:
+        async with running.http(await running.token()) as client:
+            for series in serieses:
+                asked = {"coin": series.coin, "interval": series.interval}
+                added = await client.post(
+                    "/api/v1/coins", json={**asked, "since": START - BACKFILL_MS}
+                )
+                assert added.status_code == 201, added.text
+        yield running
+
+
+async def test_whatever_happens_what_is_stored_and_told_is_what_the_exchange_says(
+    tmp_path: Path,
+) -> None:
+    recorded = record(tmp_path / "record")
+    schedule = make_schedule(SEED, FORM, recorded, START)
+    async with collecting(tmp_path, recorded) as running:
+        token = await running.token()
+        subscribers = [
+            Subscriber(running, token, series, resumes)
+            for series in recorded
+            for resumes in (True, False)
+        ]
+        drill = Drill(running, schedule, subscribers)
+        await drill.play()
+        hits = await drill.hits()
+
+    wrong = [f"no {kind} hit anything" for kind, count in hits.items() if count == 0]
+    start, end = schedule.wanted_from, schedule.end
+    bare: list[str] = []
+    closed = 0
+    for series, rows in recorded.items():
+        truth = Truth.of(rows, schedule.revisions[series])
+        stored = read_stored(running.storage_root, series)
+        wrong += stored.problems + compare(stored, truth, start, end).told(series)
+        up = [at for at in stored.rows if schedule.is_up(at + series.step)]
+        closed += len(up)
+        bare += [f"{series} {moment_of(at)}" for at in up if at not in stored.with_book]
+        listeners = [item for item in subscribers if item.series == series]
+        told = gaps_told(connection for item in listeners for connection in item.connections)
+        for item in listeners:
+            assert len(item.connections) > FORM.kills
+            wrong += check_subscriber(item.connections, truth, told, end)
+        wrong += not_found(running.storage_root, tmp_path / "planted", series, truth, schedule)
+    print(  # noqa: T201  what was measured, for who asks with -s
+        f"seed {SEED}, {FORM.name}: {FORM.kills} kills, faults hit {dict(hits)}; "
+        f"{len(bare)} of {closed} entries without a book"
+    )
+    assert closed > FORM.kills * 5
+    if len(bare) > WITHOUT_BOOK * closed:
+        wrong.append(
+            f"of {closed} entries that closed while all was up these have no book: "
+            f"{', '.join(bare)}"
+        )
+    assert not wrong, "\n".join(
+        [f"seed {SEED}, kills at {[moment_of(at) for at in schedule.kills]}", *wrong]
+    )
+
+
+def not_found(
+    root: Path, planted: Path, series: Series, truth: Truth, schedule: Schedule
+) -> list[str]:
+    """What the checker does not find of what is planted into a copy: it would find nothing."""
+    shutil.rmtree(planted, ignore_errors=True)
+    shutil.copytree(root / "raw_data", planted / "raw_data")
+    start, end = schedule.wanted_from, schedule.end
+    before = compare(read_stored(planted, series), truth, start, end)
+    final = sorted(truth.final(start, end))
+    gone, changed = final[len(final) // 3], final[len(final) // 2]
+    hole = next(at for at in range(start, end, series.step) if at not in truth.versions)
+    document_of(planted, series, gone).unlink()
+    change(document_of(planted, series, changed), volume=123456.0)
+    extra = document_of(planted, series, hole)
+    extra.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(document_of(planted, series, changed), extra)
+    change(extra, timestamp=hole, order_book=None)
+    after = compare(read_stored(planted, series), truth, start, end)
+    expected = {"missing": gone, "different": changed, "extra": hole}
+    return [
+        f"{series}: what was planted at {moment_of(at)} was not found to be {kind}"
+        for kind, at in expected.items()
+        if at not in set(getattr(after, kind)) - set(getattr(before, kind))
+    ]
+
+
+def document_of(root: Path, series: Series, at: int) -> Path:
+    day, _, moment = moment_of(at).partition(" ")
+    name = f"{day.replace('-', '')}{moment.replace(':', '')}_{series.interval}.json"
+    return root / "raw_data" / series.exchange / series.coin / day.replace("-", "/") / name
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

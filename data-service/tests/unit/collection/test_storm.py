@@ -1,0 +1,132 @@
+"""An outage of the exchange with many targets: what reaches it meanwhile, and right after."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from collection.interfaces import TargetState
+from exchange_source.interfaces import ExchangeUnavailable
+from target_management.interfaces import Target
+from tests.support.collecting import Collecting
+from tests.support.market import FIVE, HOUR, MINUTE, T0, book, candles
+
+COUNT = 200
+MARKETS = [f"T{number:03d}/USD" for number in range(COUNT)]
+START = T0 + 24 * HOUR + 10_000
+SINCE = T0 + 22 * HOUR
+OUTAGE_MS = 10 * MINUTE
+STEP_MS = 5_000
+MOST_A_TARGET = 3
+ASKING = ("fetch_historical_data", "fetch_order_book", "check_coin_availability")
+CONNECTING = ("start_realtime_stream", "start_order_book_stream")
+
+
+class Many(Collecting):
+    """Targets of 200 markets on one exchange."""
+
+    def __init__(self) -> None:
+        super().__init__(now=START)
+        self.exchange.markets = MARKETS
+        recorded = candles(SINCE - HOUR, 60)
+        for market in MARKETS:
+            self.exchange.put(market, "5m", recorded)
+
+    async def add_targets(self) -> None:
+        for market in MARKETS:
+            await self.targets.add_target(
+                Target(
+                    coin=market.partition("/")[0],
+                    exchange="crypto.com",
+                    exchange_id="cryptocom",
+                    market=market,
+                    interval="5m",
+                    enabled=True,
+                    since=SINCE,
+                    created_at=START,
+                    last_updated=START,
+                )
+            )
+
+    async def live(self, milliseconds: int) -> None:
+        """Let time pass on an exchange whose feeds tell something."""
+        until = self.clock.now_ms() + milliseconds
+        while (now := self.clock.now_ms()) < until:
+            if self.exchange.fail_with is None:
+                # The book of the next moment too, so that there is a fresh one at each close.
+                self.exchange.book = book(min(now + STEP_MS, until))
+                await self.update(now // FIVE * FIVE, market=MARKETS[0])
+            await self.clock.advance(min(STEP_MS, until - now))
+
+    async def lose_exchange(self, milliseconds: int) -> None:
+        """An outage: nothing is answered, and nothing can be connected to."""
+        self.exchange.fail_with = ExchangeUnavailable("crypto.com: connection refused")
+        self.exchange.end_streams(ExchangeUnavailable("crypto.com: connection lost"))
+        await self.live(milliseconds)
+        self.exchange.fail_with = None
+
+    def begin_to_count(self) -> None:
+        self.exchange.requests.clear()
+        self.exchange.asked.clear()
+
+    def requests(self, methods: tuple[str, ...]) -> int:
+        return sum(self.exchange.requests[method] for method in methods)
+
+    def most_of_one_market(self) -> int:
+        return max(Counter(asked.market for asked in self.exchange.asked).values(), default=0)
+
+    async def missing(self) -> list[str]:
+        """The markets of which a closed period is not stored."""
+        end = self.clock.now_ms() // FIVE * FIVE
+        wanted = list(range(SINCE, end, FIVE))
+        coins = [market.partition("/")[0] for market in MARKETS]
+        return [coin for coin in coins if await self.stored(coin) != wanted]
+
+
+@asynccontextmanager
+async def collecting() -> AsyncIterator[Many]:
+    """Everything is collected, live and at rest."""
+    world = Many()
+    await world.add_targets()
+    async with world.running():
+        await world.live(4 * MINUTE)
+        states = Counter(status.state for status in await world.manager.list_targets())
+        assert states == {TargetState.LIVE: COUNT}
+        assert await world.missing() == []
+        yield world
+
+
+async def test_during_an_outage_the_exchange_is_probed_and_not_asked_by_every_target() -> None:
+    async with collecting() as world:
+        await world.lose_exchange(STEP_MS)
+        # What was under way when it began has failed by now.
+        world.begin_to_count()
+        await world.lose_exchange(OUTAGE_MS)
+        assert world.requests(ASKING) < COUNT / 2
+        assert world.requests(CONNECTING) < COUNT / 2
+
+
+@pytest.mark.parametrize(
+    "into_period_ms",
+    [pytest.param(MINUTE, id="between closes"), pytest.param(FIVE - MINUTE // 2, id="at a close")],
+)
+async def test_the_minute_after_an_outage_costs_few_requests_a_target(into_period_ms: int) -> None:
+    async with collecting() as world:
+        # It is four minutes into a period; the outage begins so that it ends where it should.
+        now = world.clock.now_ms()
+        await world.live((into_period_ms - now) % FIVE)
+        await world.lose_exchange(OUTAGE_MS)
+        world.begin_to_count()
+        await world.live(MINUTE)
+        assert world.requests(ASKING) <= MOST_A_TARGET * COUNT
+        assert world.most_of_one_market() <= MOST_A_TARGET
+
+
+async def test_after_an_outage_everything_it_swallowed_is_stored_within_a_minute() -> None:
+    async with collecting() as world:
+        await world.lose_exchange(OUTAGE_MS)
+        await world.live(MINUTE)
+        assert await world.missing() == []
