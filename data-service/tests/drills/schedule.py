@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Final
 
-from tests.drills.checker import Revision, Row, Series
+from tests.drills.checker import Revision, Row, Series, moment_of
 
 MINUTE: Final = 60_000
 # A minute of the market takes a real second: a book must be of the same sixth of a second as the
@@ -32,6 +32,10 @@ RECONNECT_MS: Final = 3 * SECOND
 # A service that starts while REST fails knows no market, and so has no feed, until REST is back;
 # a request that hangs is given up after ten seconds.
 GIVEN_UP_MS: Final = 10 * SECOND
+# A service that is killed is started again after this; in one slot of five it is killed once more
+# while it still starts (real seconds).
+AGAIN_AFTER_S: Final = (0.2, 2.5)
+WHILE_STARTING_S: Final = (0.4, 2.5)
 # How long after its end a candle is revised.
 REVISED_AFTER_MS: Final = (20_000, 2 * MINUTE, 7 * MINUTE, 30 * MINUTE, 55 * MINUTE)
 
@@ -59,10 +63,15 @@ _REST_FAULTS: Final[tuple[tuple[Fault, ...], ...]] = (
     ({"kind": "candle_late", "after_close": 90, "seconds": 5},),
 )
 
+# What some starts begin with.
+_WHILE_STARTING: Final[Fault] = {"kind": "rest_status", "status": 503, "seconds": 6}
+# A fault has at least so much time, or its own length, to find something to hit.
+HIT_WITHIN_MS: Final = 3 * SECOND
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How long a drill is: kills, and real seconds of faults for each of them."""
+    """How long a drill is: kills of a running service, and real seconds of faults for each."""
 
     name: str
     kills: int
@@ -71,6 +80,14 @@ class Form:
 
 SHORT: Final = Form("short", kills=5, seconds_a_kill=20)
 LONG: Final = Form("long", kills=30, seconds_a_kill=24)
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL at ``at``, and the next start at ``again``."""
+
+    at: int
+    again: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +122,29 @@ class Schedule:
     Attributes:
         start: when the market's clock is started.
         faults: by time; a revision is asked for long before it is due.
-        kills: when the service is killed, and at once started again.
+        kills: by time; some are of a service that still starts.
         revisions: what the exchange says later, by series.
-        end: when the last fault is over; the last wanted period closes then.
+        end: when the last fault is over.
         down: when the service, or its feed, is not up, or not yet again.
     """
 
     seed: int
     start: int
     faults: tuple[Timed, ...]
-    kills: tuple[int, ...]
+    kills: tuple[Kill, ...]
     revisions: Mapping[Series, tuple[Revision, ...]]
     end: int
     down: tuple[tuple[int, int], ...]
 
     @property
-    def wanted_from(self) -> int:
+    def since(self) -> int:
+        """What every target is added with."""
         return self.start - BACKFILL_MS
+
+    def wanted(self, series: Series) -> tuple[int, int]:
+        """The wanted periods of a series open in ``[start, end)``; the last one closes when the
+        last fault is over, or shortly before."""
+        return -(-self.since // series.step) * series.step, self.end // series.step * series.step
 
     @property
     def over(self) -> int:
@@ -139,6 +162,20 @@ class Schedule:
             start <= moment < end for start, end in self.down
         )
 
+    def told(self) -> str:
+        """Everything but revisions, by time, in real seconds since the market's clock started."""
+        events = [
+            (item.at, str(dict(item.fault)))
+            for item in self.faults
+            if item.fault["kind"] != "candle_revised"
+        ]
+        events += [(kill.at, "SIGKILL") for kill in self.kills]
+        events += [(kill.again, "start") for kill in self.kills]
+        return "\n".join(
+            f"{moment_of(at)}  {(at - self.start) / SECOND:6.1f} s  {what}"
+            for at, what in sorted(events)
+        )
+
 
 def make_schedule(
     seed: int, form: Form, recorded: Mapping[Series, Mapping[int, Row]], start: int
@@ -148,27 +185,27 @@ def make_schedule(
     begin = start + SETTLING_IN_MS
     slot = form.seconds_a_kill * SECOND
     end = begin + form.kills * slot
-    kills = tuple(
-        begin + number * slot + round(rng.uniform(0.2, 0.8) * slot) for number in range(form.kills)
-    )
+    kills = tuple(_kills(rng, form, begin, slot))
     timed: list[Timed] = []
     down: list[tuple[int, int]] = []
     feed, rest = _in_turns(rng, _FEED_FAULTS), _in_turns(rng, _REST_FAULTS)
     # One of the feed and three of REST for each kill and a half, so that every kind has its turn.
     last = end - 15 * SECOND
     for at in _moments(rng, begin, last, max(len(_FEED_FAULTS), form.kills)):
-        for fault in next(feed):
-            timed.append(Timed(at, fault))
-            down.append((at, timed[-1].over + RECONNECT_MS))
+        for item in _when_up(at, next(feed), kills):
+            timed.append(item)
+            down.append((item.at, item.over + RECONNECT_MS))
     for at in _moments(rng, begin, last, max(len(_REST_FAULTS), 2 * form.kills)):
-        timed += [Timed(at, fault) for fault in next(rest)]
-    down += [(at, _up_again(at, timed)) for at in kills]
+        timed += _when_up(at, next(rest), kills)
+    timed += [Timed(kill.at, _WHILE_STARTING) for kill in kills[::3]]
+    end = max(end, *(item.over + RECONNECT_MS for item in timed))
+    down += [(kill.at, _up_again(kill, timed)) for kill in kills]
     # The book of a candle that the exchange had not given when the service was killed is gone.
     down += [
-        (item.at, kill)
+        (item.at, kill.at)
         for kill in kills
         for item in timed
-        if item.withholds_candles and item.at < kill < item.over + MINUTE
+        if item.withholds_candles and item.at < kill.at < item.over + MINUTE
     ]
     revisions = {
         series: tuple(_revisions(rng, rows, series, begin, end))
@@ -200,11 +237,22 @@ def make_schedule(
     )
 
 
-def _up_again(killed: int, timed: Iterable[Timed]) -> int:
+def _kills(rng: random.Random, form: Form, begin: int, slot: int) -> Iterator[Kill]:
+    """One kill in each slot, and now and then another one right after it."""
+    for number in range(form.kills):
+        at = begin + number * slot + round(rng.uniform(0.2, 0.7) * slot)
+        again = at + round(rng.uniform(*AGAIN_AFTER_S) * SECOND)
+        yield Kill(at, again)
+        if number % 5 == 2:
+            at = again + round(rng.uniform(*WHILE_STARTING_S) * SECOND)
+            yield Kill(at, at + round(rng.uniform(*AGAIN_AFTER_S) * SECOND))
+
+
+def _up_again(kill: Kill, timed: Iterable[Timed]) -> int:
     """When a service that is killed is expected to have a live feed again."""
-    up = killed + RESTART_MS
+    up = kill.again + RESTART_MS
     for item in sorted(timed, key=lambda item: item.at):
-        if item.is_of_rest and item.at < up and killed < item.over:
+        if item.is_of_rest and item.at < up and kill.again < item.over:
             up = max(up, item.over + RECONNECT_MS)
     return up
 
@@ -217,6 +265,16 @@ def _in_turns(
         yield from rng.sample(faults, len(faults))
 
 
+def _when_up(at: int, faults: Iterable[Fault], kills: Iterable[Kill]) -> list[Timed]:
+    """Faults that come together, at a moment when they find a service that is up and stays so."""
+    timed = [Timed(at, fault) for fault in faults]
+    need = SECOND // 2 + min(HIT_WITHIN_MS, max(item.over - item.at for item in timed))
+    for kill in kills:
+        if kill.at - need < at < kill.again + RESTART_MS:
+            at = kill.again + RESTART_MS
+    return [Timed(at, item.fault) for item in timed]
+
+
 def _moments(rng: random.Random, begin: int, end: int, count: int) -> list[int]:
     """``count`` moments, spread over the time."""
     slot = (end - begin) / count
@@ -226,11 +284,20 @@ def _moments(rng: random.Random, begin: int, end: int, count: int) -> list[int]:
 def _revisions(
     rng: random.Random, rows: Mapping[int, Row], series: Series, begin: int, end: int
 ) -> Iterator[Revision]:
-    """A candle in seven is revised, each at one of the distances in turn."""
-    # Of periods that open once the revisions are asked for, and close before the drill's end.
+    """A candle in seven is revised, each at one of the distances in turn, and one in five of these
+    once more at the last of them; so are a few that closed before the first fault."""
+    # Revisions are asked for when the faults begin; a minute later that is done.
+    last = REVISED_AFTER_MS[-1]
+    before = [at for at in sorted(rows) if begin - last < at <= begin - last // 4 - series.step]
     opens = [at for at in sorted(rows) if begin + MINUTE <= at < end - series.step]
     chosen = sorted(rng.sample(opens, len(opens) // 7))
-    for at, after in zip(chosen, islice(cycle(REVISED_AFTER_MS), len(chosen)), strict=True):
+    plan = [(at, last) for at in rng.sample(before, len(before) // 7)]
+    plan = [(at, after) for at, after in plan if at + series.step + after > begin + MINUTE]
+    plan += zip(chosen, islice(cycle(REVISED_AFTER_MS), len(chosen)), strict=True)
+    for number, (at, after) in enumerate(plan):
         opened, high, low, close, volume = rows[at]
         row = (opened, high, low, low if close != low else high, round(volume * 1.5 + 1, 6))
         yield Revision(at, at + series.step + after, row)
+        if number % 5 == 0 and after < last:
+            again = (*row[:3], opened, round(volume * 2 + 2, 6))
+            yield Revision(at, at + series.step + last, again)
