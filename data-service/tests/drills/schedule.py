@@ -25,7 +25,7 @@ SECOND: Final = SPEED * 1_000
 BACKFILL_MS: Final = 120 * MINUTE
 LOOKS_MS: Final = 62 * MINUTE
 # When the first fault comes: everything is set up and live by then.
-SETTLING_IN_MS: Final = 12 * SECOND
+SETTLING_IN_MS: Final = 18 * SECOND
 # How long a killed service takes until it is up again with a live feed, and a feed after a fault.
 RESTART_MS: Final = 6 * SECOND
 RECONNECT_MS: Final = 3 * SECOND
@@ -67,6 +67,9 @@ _REST_FAULTS: Final[tuple[tuple[Fault, ...], ...]] = (
 _WHILE_STARTING: Final[Fault] = {"kind": "rest_status", "status": 503, "seconds": 6}
 # A fault has at least so much time, or its own length, to find something to hit.
 HIT_WITHIN_MS: Final = 3 * SECOND
+# And keeps so much from others where it can: the best of so many moments is taken.
+APART_MS: Final = 2 * SECOND
+TRIES: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Form:
     seconds_a_kill: int
 
 
-SHORT: Final = Form("short", kills=5, seconds_a_kill=20)
+SHORT: Final = Form("short", kills=5, seconds_a_kill=19)
 LONG: Final = Form("long", kills=30, seconds_a_kill=24)
 
 
@@ -158,7 +161,7 @@ class Schedule:
 
     def is_up(self, moment: int) -> bool:
         """Whether the service and its feed were up, by the schedule."""
-        return self.live_from <= moment < self.end and not any(
+        return self.live_from <= moment < self.over - MINUTE and not any(
             start <= moment < end for start, end in self.down
         )
 
@@ -188,15 +191,16 @@ def make_schedule(
     kills = tuple(_kills(rng, form, begin, slot))
     timed: list[Timed] = []
     down: list[tuple[int, int]] = []
-    feed, rest = _in_turns(rng, _FEED_FAULTS), _in_turns(rng, _REST_FAULTS)
-    # One of the feed and three of REST for each kill and a half, so that every kind has its turn.
-    last = end - 15 * SECOND
-    for at in _moments(rng, begin, last, max(len(_FEED_FAULTS), form.kills)):
-        for item in _when_up(at, next(feed), kills):
+    # One of the feed and two of REST for each kill, and every kind at least once.
+    feed = _in_turns(rng, _FEED_FAULTS, max(len(_FEED_FAULTS), form.kills))
+    rest = _in_turns(rng, _REST_FAULTS, max(len(_REST_FAULTS), 2 * form.kills))
+    placing = _Placing(rng, kills, begin, end - 15 * SECOND)
+    for faults in feed:
+        for item in placing.place(faults):
             timed.append(item)
             down.append((item.at, item.over + RECONNECT_MS))
-    for at in _moments(rng, begin, last, max(len(_REST_FAULTS), 2 * form.kills)):
-        timed += _when_up(at, next(rest), kills)
+    for faults in rest:
+        timed += placing.place(faults)
     timed += [Timed(kill.at, _WHILE_STARTING) for kill in kills[::3]]
     end = max(end, *(item.over + RECONNECT_MS for item in timed))
     down += [(kill.at, _up_again(kill, timed)) for kill in kills]
@@ -258,27 +262,43 @@ def _up_again(kill: Kill, timed: Iterable[Timed]) -> int:
 
 
 def _in_turns(
-    rng: random.Random, faults: tuple[tuple[Fault, ...], ...]
-) -> Iterator[tuple[Fault, ...]]:
-    """Every fault once, in some order, and again, without end."""
-    while True:
-        yield from rng.sample(faults, len(faults))
+    rng: random.Random, faults: tuple[tuple[Fault, ...], ...], count: int
+) -> list[tuple[Fault, ...]]:
+    """``count`` of them: every one once, in some order, and again."""
+    rounds = (rng.sample(faults, len(faults)) for _ in range(-(-count // len(faults))))
+    return [each for round_ in rounds for each in round_][:count]
 
 
-def _when_up(at: int, faults: Iterable[Fault], kills: Iterable[Kill]) -> list[Timed]:
-    """Faults that come together, at a moment when they find a service that is up and stays so."""
-    timed = [Timed(at, fault) for fault in faults]
-    need = SECOND // 2 + min(HIT_WITHIN_MS, max(item.over - item.at for item in timed))
-    for kill in kills:
-        if kill.at - need < at < kill.again + RESTART_MS:
-            at = kill.again + RESTART_MS
-    return [Timed(at, item.fault) for item in timed]
+class _Placing:
+    """Finds moments for faults: where they find a service that is up and stays so for a while,
+    and where others hide them the least."""
 
+    def __init__(self, rng: random.Random, kills: tuple[Kill, ...], begin: int, end: int) -> None:
+        self._rng = rng
+        self._kills = kills
+        self._begin = begin
+        self._end = end
+        self._taken: list[tuple[int, int]] = []
 
-def _moments(rng: random.Random, begin: int, end: int, count: int) -> list[int]:
-    """``count`` moments, spread over the time."""
-    slot = (end - begin) / count
-    return [round(begin + (number + rng.random()) * slot) for number in range(count)]
+    def place(self, faults: tuple[Fault, ...]) -> list[Timed]:
+        """Give faults that come together one moment."""
+        length = max(item.over - item.at for item in (Timed(0, fault) for fault in faults))
+        need = SECOND // 2 + min(HIT_WITHIN_MS, length)
+        moments = [
+            self._when_up(self._rng.randint(self._begin, self._end), need) for _ in range(TRIES)
+        ]
+        at = min(moments, key=lambda moment: self._shared(moment, moment + length + APART_MS))
+        self._taken.append((at, at + length + APART_MS))
+        return [Timed(at, fault) for fault in faults]
+
+    def _when_up(self, at: int, need: int) -> int:
+        for kill in self._kills:
+            if kill.at - need < at < kill.again + RESTART_MS:
+                at = kill.again + RESTART_MS
+        return at
+
+    def _shared(self, start: int, end: int) -> int:
+        return sum(max(0, min(end, over) - max(start, at)) for at, over in self._taken)
 
 
 def _revisions(

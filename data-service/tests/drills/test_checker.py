@@ -210,5 +210,7 @@ def test_a_schedule_is_made_by_its_seed_alone_and_has_every_kind_of_fault(form: 
     assert moments == sorted(moments)
     assert all(first.since < timed.at < first.end for timed in first.faults)
     assert len({revision.at - revision.timestamp for revision in first.revisions[BTC]}) == 5
-    ups = sum(first.is_up(at) for at in range(first.live_from, first.end, MINUTE))
-    assert ups > form.kills * 3
+    ups = [at for at in range(first.start, first.over + 10 * MINUTE, MINUTE) if first.is_up(at)]
+    assert first.live_from <= min(ups) < first.end
+    assert max(ups) < first.over
+    assert not any(kill.at <= at < kill.again for kill in first.kills for at in ups)
