@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Final
 
-from tests.drills.checker import Revision, Row, Series
+from tests.drills.checker import Revision, Row, Series, moment_of
 
 MINUTE: Final = 60_000
 # A minute of the market takes a real second: a book must be of the same sixth of a second as the
@@ -25,13 +25,17 @@ SECOND: Final = SPEED * 1_000
 BACKFILL_MS: Final = 120 * MINUTE
 LOOKS_MS: Final = 62 * MINUTE
 # When the first fault comes: everything is set up and live by then.
-SETTLING_IN_MS: Final = 12 * SECOND
+SETTLING_IN_MS: Final = 18 * SECOND
 # How long a killed service takes until it is up again with a live feed, and a feed after a fault.
 RESTART_MS: Final = 6 * SECOND
 RECONNECT_MS: Final = 3 * SECOND
 # A service that starts while REST fails knows no market, and so has no feed, until REST is back;
 # a request that hangs is given up after ten seconds.
 GIVEN_UP_MS: Final = 10 * SECOND
+# A service that is killed is started again after this; in one slot of five it is killed once more
+# while it still starts (real seconds).
+AGAIN_AFTER_S: Final = (0.2, 2.5)
+WHILE_STARTING_S: Final = (0.4, 2.5)
 # How long after its end a candle is revised.
 REVISED_AFTER_MS: Final = (20_000, 2 * MINUTE, 7 * MINUTE, 30 * MINUTE, 55 * MINUTE)
 
@@ -59,18 +63,34 @@ _REST_FAULTS: Final[tuple[tuple[Fault, ...], ...]] = (
     ({"kind": "candle_late", "after_close": 90, "seconds": 5},),
 )
 
+# What some starts begin with.
+_WHILE_STARTING: Final[Fault] = {"kind": "rest_status", "status": 503, "seconds": 6}
+# A fault has at least so much time, or its own length, to find something to hit.
+HIT_WITHIN_MS: Final = 3 * SECOND
+# And keeps so much from others where it can: the best of so many moments is taken.
+APART_MS: Final = 2 * SECOND
+TRIES: Final = 30
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How long a drill is: kills, and real seconds of faults for each of them."""
+    """How long a drill is: kills of a running service, and real seconds of faults for each."""
 
     name: str
     kills: int
     seconds_a_kill: int
 
 
-SHORT: Final = Form("short", kills=5, seconds_a_kill=20)
+SHORT: Final = Form("short", kills=5, seconds_a_kill=19)
 LONG: Final = Form("long", kills=30, seconds_a_kill=24)
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL at ``at``, and the next start at ``again``."""
+
+    at: int
+    again: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +125,29 @@ class Schedule:
     Attributes:
         start: when the market's clock is started.
         faults: by time; a revision is asked for long before it is due.
-        kills: when the service is killed, and at once started again.
+        kills: by time; some are of a service that still starts.
         revisions: what the exchange says later, by series.
-        end: when the last fault is over; the last wanted period closes then.
+        end: when the last fault is over.
         down: when the service, or its feed, is not up, or not yet again.
     """
 
     seed: int
     start: int
     faults: tuple[Timed, ...]
-    kills: tuple[int, ...]
+    kills: tuple[Kill, ...]
     revisions: Mapping[Series, tuple[Revision, ...]]
     end: int
     down: tuple[tuple[int, int], ...]
 
     @property
-    def wanted_from(self) -> int:
+    def since(self) -> int:
+        """What every target is added with."""
         return self.start - BACKFILL_MS
+
+    def wanted(self, series: Series) -> tuple[int, int]:
+        """The wanted periods of a series open in ``[start, end)``; the last one closes when the
+        last fault is over, or shortly before."""
+        return -(-self.since // series.step) * series.step, self.end // series.step * series.step
 
     @property
     def over(self) -> int:
@@ -135,8 +161,22 @@ class Schedule:
 
     def is_up(self, moment: int) -> bool:
         """Whether the service and its feed were up, by the schedule."""
-        return self.live_from <= moment < self.end and not any(
+        return self.live_from <= moment < self.over - MINUTE and not any(
             start <= moment < end for start, end in self.down
+        )
+
+    def told(self) -> str:
+        """Everything but revisions, by time, in real seconds since the market's clock started."""
+        events = [
+            (item.at, str(dict(item.fault)))
+            for item in self.faults
+            if item.fault["kind"] != "candle_revised"
+        ]
+        events += [(kill.at, "SIGKILL") for kill in self.kills]
+        events += [(kill.again, "start") for kill in self.kills]
+        return "\n".join(
+            f"{moment_of(at)}  {(at - self.start) / SECOND:6.1f} s  {what}"
+            for at, what in sorted(events)
         )
 
 
@@ -148,27 +188,28 @@ def make_schedule(
     begin = start + SETTLING_IN_MS
     slot = form.seconds_a_kill * SECOND
     end = begin + form.kills * slot
-    kills = tuple(
-        begin + number * slot + round(rng.uniform(0.2, 0.8) * slot) for number in range(form.kills)
-    )
+    kills = tuple(_kills(rng, form, begin, slot))
     timed: list[Timed] = []
     down: list[tuple[int, int]] = []
-    feed, rest = _in_turns(rng, _FEED_FAULTS), _in_turns(rng, _REST_FAULTS)
-    # One of the feed and three of REST for each kill and a half, so that every kind has its turn.
-    last = end - 15 * SECOND
-    for at in _moments(rng, begin, last, max(len(_FEED_FAULTS), form.kills)):
-        for fault in next(feed):
-            timed.append(Timed(at, fault))
-            down.append((at, timed[-1].over + RECONNECT_MS))
-    for at in _moments(rng, begin, last, max(len(_REST_FAULTS), 2 * form.kills)):
-        timed += [Timed(at, fault) for fault in next(rest)]
-    down += [(at, _up_again(at, timed)) for at in kills]
+    # One of the feed and two of REST for each kill, and every kind at least once.
+    feed = _in_turns(rng, _FEED_FAULTS, max(len(_FEED_FAULTS), form.kills))
+    rest = _in_turns(rng, _REST_FAULTS, max(len(_REST_FAULTS), 2 * form.kills))
+    placing = _Placing(rng, kills, begin, end - 15 * SECOND)
+    for faults in feed:
+        for item in placing.place(faults):
+            timed.append(item)
+            down.append((item.at, item.over + RECONNECT_MS))
+    for faults in rest:
+        timed += placing.place(faults)
+    timed += [Timed(kill.at, _WHILE_STARTING) for kill in kills[::3]]
+    end = max(end, *(item.over + RECONNECT_MS for item in timed))
+    down += [(kill.at, _up_again(kill, timed)) for kill in kills]
     # The book of a candle that the exchange had not given when the service was killed is gone.
     down += [
-        (item.at, kill)
+        (item.at, kill.at)
         for kill in kills
         for item in timed
-        if item.withholds_candles and item.at < kill < item.over + MINUTE
+        if item.withholds_candles and item.at < kill.at < item.over + MINUTE
     ]
     revisions = {
         series: tuple(_revisions(rng, rows, series, begin, end))
@@ -200,37 +241,83 @@ def make_schedule(
     )
 
 
-def _up_again(killed: int, timed: Iterable[Timed]) -> int:
+def _kills(rng: random.Random, form: Form, begin: int, slot: int) -> Iterator[Kill]:
+    """One kill in each slot, and now and then another one right after it."""
+    for number in range(form.kills):
+        at = begin + number * slot + round(rng.uniform(0.2, 0.7) * slot)
+        again = at + round(rng.uniform(*AGAIN_AFTER_S) * SECOND)
+        yield Kill(at, again)
+        if number % 5 == 2:
+            at = again + round(rng.uniform(*WHILE_STARTING_S) * SECOND)
+            yield Kill(at, at + round(rng.uniform(*AGAIN_AFTER_S) * SECOND))
+
+
+def _up_again(kill: Kill, timed: Iterable[Timed]) -> int:
     """When a service that is killed is expected to have a live feed again."""
-    up = killed + RESTART_MS
+    up = kill.again + RESTART_MS
     for item in sorted(timed, key=lambda item: item.at):
-        if item.is_of_rest and item.at < up and killed < item.over:
+        if item.is_of_rest and item.at < up and kill.again < item.over:
             up = max(up, item.over + RECONNECT_MS)
     return up
 
 
 def _in_turns(
-    rng: random.Random, faults: tuple[tuple[Fault, ...], ...]
-) -> Iterator[tuple[Fault, ...]]:
-    """Every fault once, in some order, and again, without end."""
-    while True:
-        yield from rng.sample(faults, len(faults))
+    rng: random.Random, faults: tuple[tuple[Fault, ...], ...], count: int
+) -> list[tuple[Fault, ...]]:
+    """``count`` of them: every one once, in some order, and again."""
+    rounds = (rng.sample(faults, len(faults)) for _ in range(-(-count // len(faults))))
+    return [each for round_ in rounds for each in round_][:count]
 
 
-def _moments(rng: random.Random, begin: int, end: int, count: int) -> list[int]:
-    """``count`` moments, spread over the time."""
-    slot = (end - begin) / count
-    return [round(begin + (number + rng.random()) * slot) for number in range(count)]
+class _Placing:
+    """Finds moments for faults: where they find a service that is up and stays so for a while,
+    and where others hide them the least."""
+
+    def __init__(self, rng: random.Random, kills: tuple[Kill, ...], begin: int, end: int) -> None:
+        self._rng = rng
+        self._kills = kills
+        self._begin = begin
+        self._end = end
+        self._taken: list[tuple[int, int]] = []
+
+    def place(self, faults: tuple[Fault, ...]) -> list[Timed]:
+        """Give faults that come together one moment."""
+        length = max(item.over - item.at for item in (Timed(0, fault) for fault in faults))
+        need = SECOND // 2 + min(HIT_WITHIN_MS, length)
+        moments = [
+            self._when_up(self._rng.randint(self._begin, self._end), need) for _ in range(TRIES)
+        ]
+        at = min(moments, key=lambda moment: self._shared(moment, moment + length + APART_MS))
+        self._taken.append((at, at + length + APART_MS))
+        return [Timed(at, fault) for fault in faults]
+
+    def _when_up(self, at: int, need: int) -> int:
+        for kill in self._kills:
+            if kill.at - need < at < kill.again + RESTART_MS:
+                at = kill.again + RESTART_MS
+        return at
+
+    def _shared(self, start: int, end: int) -> int:
+        return sum(max(0, min(end, over) - max(start, at)) for at, over in self._taken)
 
 
 def _revisions(
     rng: random.Random, rows: Mapping[int, Row], series: Series, begin: int, end: int
 ) -> Iterator[Revision]:
-    """A candle in seven is revised, each at one of the distances in turn."""
-    # Of periods that open once the revisions are asked for, and close before the drill's end.
+    """A candle in seven is revised, each at one of the distances in turn, and one in five of these
+    once more at the last of them; so are a few that closed before the first fault."""
+    # Revisions are asked for when the faults begin; a minute later that is done.
+    last = REVISED_AFTER_MS[-1]
+    before = [at for at in sorted(rows) if begin - last < at <= begin - last // 4 - series.step]
     opens = [at for at in sorted(rows) if begin + MINUTE <= at < end - series.step]
     chosen = sorted(rng.sample(opens, len(opens) // 7))
-    for at, after in zip(chosen, islice(cycle(REVISED_AFTER_MS), len(chosen)), strict=True):
+    plan = [(at, last) for at in rng.sample(before, len(before) // 7)]
+    plan = [(at, after) for at, after in plan if at + series.step + after > begin + MINUTE]
+    plan += zip(chosen, islice(cycle(REVISED_AFTER_MS), len(chosen)), strict=True)
+    for number, (at, after) in enumerate(plan):
         opened, high, low, close, volume = rows[at]
         row = (opened, high, low, low if close != low else high, round(volume * 1.5 + 1, 6))
         yield Revision(at, at + series.step + after, row)
+        if number % 5 == 0 and after < last:
+            again = (*row[:3], opened, round(volume * 2 + 2, 6))
+            yield Revision(at, at + series.step + last, again)

@@ -205,8 +205,12 @@ def test_a_schedule_is_made_by_its_seed_alone_and_has_every_kind_of_fault(form: 
         "rest_status", "rest_garbage", "rest_empty", "rest_delay", "rest_hang",
         "rest_missing_rows", "final_update_withheld", "candle_late", "candle_revised",
     }  # fmt: skip
-    assert len(first.kills) == form.kills
-    assert all(first.wanted_from < timed.at < first.end for timed in first.faults)
+    assert len(first.kills) == form.kills + form.kills // 5
+    moments = [moment for kill in first.kills for moment in (kill.at, kill.again)]
+    assert moments == sorted(moments)
+    assert all(first.since < timed.at < first.end for timed in first.faults)
     assert len({revision.at - revision.timestamp for revision in first.revisions[BTC]}) == 5
-    ups = sum(first.is_up(at) for at in range(first.live_from, first.end, MINUTE))
-    assert ups > form.kills * 3
+    ups = [at for at in range(first.start, first.over + 10 * MINUTE, MINUTE) if first.is_up(at)]
+    assert first.live_from <= min(ups) < first.end
+    assert max(ups) < first.over
+    assert not any(kill.at <= at < kill.again for kill in first.kills for at in ups)

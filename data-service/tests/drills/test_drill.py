@@ -17,10 +17,11 @@ import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import pytest
 import websockets
 
@@ -38,7 +39,6 @@ from tests.drills.checker import (
     read_stored,
 )
 from tests.drills.schedule import (
-    BACKFILL_MS,
     LONG,
     MINUTE,
     SHORT,
@@ -61,23 +61,33 @@ pytestmark = [
     pytest.mark.timeout(60 + FORM.kills * FORM.seconds_a_kill * 2 + 120),
 ]
 
-GENERATED: Final = Series("TEST", "TEST/USD", "1m", MINUTE)
+GENERATED: Final = (
+    Series("TEST", "TEST/USD", "1m", MINUTE),
+    Series("SLOW", "SLOW/USD", "5m", 5 * MINUTE),
+)
 CAPTURED: Final = Series("UNITTEST", "UNITTEST/BTC", "1m", MINUTE)
+# The last lines of the service's log that a failure shows.
+LOG_LINES: Final = 60
+# Candles that the exchange gives at once.
+PAGE: Final = 300
 
 
-def generate(path: Path, seed: int) -> None:
-    """Record a market that has holes of one to five minutes every half an hour or so."""
-    rng = random.Random(seed)
+def generate(path: Path, series: Series, seed: int) -> None:
+    """Record a market that has a hole of one to five periods every thirty or so, and seldom one of
+    up to twenty-five."""
+    rng = random.Random(f"{seed} {series}")
     price, quiet_until = 50.0, 0
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["date", *VALUES])
         # A day in front, so that what is wanted is not the oldest that there is.
-        for at in range(START - 1_440 * MINUTE, START + 2_880 * MINUTE, MINUTE):
+        for at in range(START - 1_440 * MINUTE, START + 2_880 * MINUTE, series.step):
             if at < quiet_until:
                 continue
-            if rng.random() < 0.03:
-                quiet_until = at + rng.randint(1, 5) * MINUTE
+            chance = rng.random()
+            if chance < 0.033:
+                periods = rng.randint(10, 25) if chance < 0.003 else rng.randint(1, 5)
+                quiet_until = at + periods * series.step
                 continue
             opened, price = price, round(max(1.0, price + rng.uniform(-0.2, 0.2)), 4)
             high = round(max(opened, price) + rng.uniform(0.001, 0.1), 4)
@@ -88,8 +98,10 @@ def generate(path: Path, seed: int) -> None:
 def record(folder: Path) -> dict[Series, dict[int, Row]]:
     """Lay the recordings of the drill into a folder; their rows."""
     folder.mkdir()
-    generate(folder / "TEST_USD-1m.csv", SEED)
-    paths = {GENERATED: folder / "TEST_USD-1m.csv"}
+    paths = {}
+    for series in GENERATED:
+        paths[series] = folder / f"{series.market.replace('/', '_')}-{series.interval}.csv"
+        generate(paths[series], series, SEED)
     if SAMPLES:
         name = "UNITTEST_BTC-1m.feather"
         shutil.copy(Path(SAMPLES) / "candles" / name, folder / name)
@@ -176,10 +188,22 @@ class Drill:
             self.asked_for[number] = timed.fault["kind"]
 
     async def _kill(self) -> None:
-        for at in self.schedule.kills:
-            await self.running.clock.sleep_until(at)
+        kills = self.schedule.kills
+        for kill, following in zip(kills, [*(kill.at for kill in kills[1:]), None], strict=True):
+            await self.running.clock.sleep_until(kill.at)
             await self.running.kill_service()
-            await self.running.start_service()
+            await self.running.clock.sleep_until(kill.again)
+            await self._start(before=following)
+
+    async def _start(self, *, before: int | None) -> None:
+        """Start the service; one that is to be killed before it is up is not waited for."""
+        wait = None if before is None else (before - self.running.clock.now_ms()) / SPEED / 1000
+        try:
+            async with asyncio.timeout(wait) as patience:
+                await self.running.start_service()
+        except TimeoutError:
+            if not patience.expired():
+                raise
 
     async def hits(self) -> Counter[str]:
         """What each kind of fault has hit."""
@@ -190,7 +214,9 @@ class Drill:
 
 
 @asynccontextmanager
-async def collecting(folder: Path, serieses: Iterable[Series]) -> AsyncIterator[Stack]:
+async def collecting(
+    folder: Path, serieses: Iterable[Series], *, since: int
+) -> AsyncIterator[Stack]:
     """The sandbox on the recordings, and a service that collects them."""
     async with stack(
         folder,
@@ -201,11 +227,32 @@ async def collecting(folder: Path, serieses: Iterable[Series]) -> AsyncIterator[
         async with running.http(await running.token()) as client:
             for series in serieses:
                 asked = {"coin": series.coin, "interval": series.interval}
-                added = await client.post(
-                    "/api/v1/coins", json={**asked, "since": START - BACKFILL_MS}
-                )
+                added = await client.post("/api/v1/coins", json={**asked, "since": since})
                 assert added.status_code == 201, added.text
         yield running
+
+
+async def as_the_exchange_says(
+    running: Stack, series: Series, start: int, end: int
+) -> dict[int, Row]:
+    """The closed candles of a range, asked from the sandbox page by page."""
+    found: dict[int, Row] = {}
+    async with httpx.AsyncClient(base_url=running.sandbox_url) as client:
+        for at in range(start, end, PAGE * series.step):
+            answer = await client.get(
+                "/exchange/v1/public/get-candlestick",
+                params={
+                    "instrument_name": series.market.replace("/", "_"),
+                    "timeframe": series.interval,
+                    "start_ts": at,
+                    "end_ts": min(end, at + PAGE * series.step),
+                    "count": PAGE,
+                },
+            )
+            for row in answer.raise_for_status().json()["result"]["data"]:
+                opened, high, low, close, volume = (float(row[name]) for name in "ohlcv")
+                found[row["t"]] = (opened, high, low, close, volume)
+    return {at: row for at, row in found.items() if start <= at < end}
 
 
 async def test_whatever_happens_what_is_stored_and_told_is_what_the_exchange_says(
@@ -213,7 +260,7 @@ async def test_whatever_happens_what_is_stored_and_told_is_what_the_exchange_say
 ) -> None:
     recorded = record(tmp_path / "record")
     schedule = make_schedule(SEED, FORM, recorded, START)
-    async with collecting(tmp_path, recorded) as running:
+    async with collecting(tmp_path, recorded, since=schedule.since) as running:
         token = await running.token()
         subscribers = [
             Subscriber(running, token, series, resumes)
@@ -221,48 +268,79 @@ async def test_whatever_happens_what_is_stored_and_told_is_what_the_exchange_say
             for resumes in (True, False)
         ]
         drill = Drill(running, schedule, subscribers)
-        await drill.play()
-        hits = await drill.hits()
+        try:
+            await drill.play()
+            hits = await drill.hits()
+            said = {
+                series: await as_the_exchange_says(running, series, *schedule.wanted(series))
+                for series in recorded
+            }
+        except Exception as exc:
+            exc.add_note(story(running, schedule, Counter()))
+            raise
+        stopped = await running.stop_service()
 
     wrong = [f"no {kind} hit anything" for kind, count in hits.items() if count == 0]
-    start, end = schedule.wanted_from, schedule.end
+    if stopped != 0:
+        wrong.append(f"the service ended with {stopped}")
+    folders = {path.name for path in (running.storage_root / "raw_data").glob("*/*")}
+    if folders != {series.coin for series in recorded}:
+        wrong.append(f"there are folders of {sorted(folders)}")
     bare: list[str] = []
-    closed = 0
+    closed = [0, 0]  # as long as there were faults, and in the hour after them
     for series, rows in recorded.items():
+        start, end = schedule.wanted(series)
         truth = Truth.of(rows, schedule.revisions[series])
+        if said[series] != truth.final(start, end):
+            wrong.append(f"{series}: the sandbox does not say what the schedule made of it")
         stored = read_stored(running.storage_root, series)
         wrong += stored.problems + compare(stored, truth, start, end).told(series)
         up = [at for at in stored.rows if schedule.is_up(at + series.step)]
-        closed += len(up)
+        for at in up:
+            closed[at + series.step > schedule.end] += 1
         bare += [f"{series} {moment_of(at)}" for at in up if at not in stored.with_book]
         listeners = [item for item in subscribers if item.series == series]
         told = gaps_told(connection for item in listeners for connection in item.connections)
         for item in listeners:
-            assert len(item.connections) > FORM.kills
+            if len(item.connections) <= FORM.kills:
+                wrong.append(f"{series}: a subscriber had {len(item.connections)} connections")
             wrong += check_subscriber(item.connections, truth, told, end)
-        wrong += not_found(running.storage_root, tmp_path / "planted", series, truth, schedule)
+            wrong += not_found_twice(item.connections, truth, told, end)
+        wrong += not_found(
+            running.storage_root, tmp_path / "planted", series, truth, start=start, end=end
+        )
     print(  # noqa: T201  what was measured, for who asks with -s
-        f"seed {SEED}, {FORM.name}: {FORM.kills} kills, faults hit {dict(hits)}; "
-        f"{len(bare)} of {closed} entries without a book"
+        f"seed {SEED}, {FORM.name}: {len(schedule.kills)} kills, faults hit {dict(hits)}; "
+        f"{len(bare)} of {sum(closed)} entries without a book, {closed[0]} of which closed before "
+        f"the faults ended: {', '.join(bare)}"
     )
-    assert closed > FORM.kills * 5
-    if len(bare) > WITHOUT_BOOK * closed:
+    if len(bare) > WITHOUT_BOOK * sum(closed) or not all(closed):
         wrong.append(
             f"of {closed} entries that closed while all was up these have no book: "
             f"{', '.join(bare)}"
         )
-    assert not wrong, "\n".join(
-        [f"seed {SEED}, kills at {[moment_of(at) for at in schedule.kills]}", *wrong]
+    assert not wrong, "\n".join([*wrong, "", story(running, schedule, hits)])
+
+
+def story(running: Stack, schedule: Schedule, hits: Mapping[str, int]) -> str:
+    """What happened, for who has to find out why."""
+    log = [line for line in running.logs().splitlines() if line and "[uvicorn." not in line]
+    return "\n".join(
+        [
+            f"seed {schedule.seed}, {FORM.name}; faults hit {dict(hits)}",
+            schedule.told(),
+            f"the last of {len(log)} lines that the service logged ({running.folder}):",
+            *log[-LOG_LINES:],
+        ]
     )
 
 
 def not_found(
-    root: Path, planted: Path, series: Series, truth: Truth, schedule: Schedule
+    root: Path, planted: Path, series: Series, truth: Truth, *, start: int, end: int
 ) -> list[str]:
     """What the checker does not find of what is planted into a copy: it would find nothing."""
     shutil.rmtree(planted, ignore_errors=True)
     shutil.copytree(root / "raw_data", planted / "raw_data")
-    start, end = schedule.wanted_from, schedule.end
     before = compare(read_stored(planted, series), truth, start, end)
     final = sorted(truth.final(start, end))
     gone, changed = final[len(final) // 3], final[len(final) // 2]
@@ -282,9 +360,28 @@ def not_found(
     ]
 
 
+def not_found_twice(
+    connections: list[Connection], truth: Truth, told: frozenset[int], end: int
+) -> list[str]:
+    """What the checker does not find of a candle that is told once more at the end."""
+    last = connections[-1]
+    again = next(
+        message
+        for message in last.messages
+        if message["type"] == "realtime_data" and message["data"]["closed"]
+    )
+    number = sum(message["type"] != "status" for message in last.messages) + 1
+    planted = replace(last, messages=[*last.messages, {**again, "sequence": number}])
+    found = check_subscriber([planted], truth, told, end)
+    if any("told twice" in problem or "told late after" in problem for problem in found):
+        return []
+    return [f"{last.series}: a candle that was told twice was not found"]
+
+
 def document_of(root: Path, series: Series, at: int) -> Path:
     day, _, moment = moment_of(at).partition(" ")
-    name = f"{day.replace('-', '')}{moment.replace(':', '')}_{series.interval}.json"
+    suffix = "" if series.interval == "5m" else f"_{series.interval}"
+    name = f"{day.replace('-', '')}{moment.replace(':', '')}{suffix}.json"
     return root / "raw_data" / series.exchange / series.coin / day.replace("-", "/") / name
 
 
