@@ -240,6 +240,23 @@ async def test_what_is_corrected_while_it_is_compared_is_no_difference(world: Wo
     assert (verdict.checked, verdict.differences) == (COUNT, 0)
 
 
+async def test_a_broken_document_that_vanishes_while_nothing_is_proven_is_not_counted(
+    world: World,
+) -> None:
+    async def mend(question: int) -> None:
+        if question == 2:
+            world.delete(T0 + 23 * FIVE)
+
+    world.eventful(mend)
+    # Nothing newer proves anything of the last period.
+    for period in range(T0 + 23 * FIVE, T0 + 100 * FIVE, FIVE):
+        del world.exchange.candles["BTC/USD", "5m"][period]
+    path = StoragePathUtility.get_raw_data_path("crypto.com", "BTC", T0 + 23 * FIVE)
+    world.raw.blobs[path] = b"{"
+    verdict = await world.verify()
+    assert (verdict.checked, verdict.differences, verdict.not_checkable) == (COUNT - 1, 0, 1)
+
+
 async def test_a_long_range_is_paged_newest_first(world: World) -> None:
     world.exchange.history_page = 10
     world.delete(T0)
