@@ -19,6 +19,7 @@ from typing import Final, Generic, Literal, TypeVar
 import structlog
 
 from collection.waiting import first_of
+from domain.back_off import back_off_s
 from domain.candle import CandleUpdate
 from domain.clock import IClock
 from domain.order_book import OrderBook
@@ -43,8 +44,6 @@ HEALTHY_AFTER_S: Final = 30.0
 # How long one stream of a lost feed may be silent before the next one tries too: its market may
 # be a quiet one.
 PROBE_S: Final = 2.0
-# A pause that the exchange asks for is kept up to this.
-LONGEST_ASKED_FOR_S: Final = 3600.0
 STOP_TIMEOUT_S: Final = 5.0
 
 FeedState = Literal["connected", "reconnecting"]
@@ -300,9 +299,13 @@ class FeedSupervisor:
 
     def _pause(self, failures: int, retry_after: float | None) -> float:
         """Real seconds until the next try."""
-        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(failures, 16))
-        asked_for = min(retry_after or 0.0, LONGEST_ASKED_FOR_S)
-        return max(pause * self._rng.uniform(0.75, 1.25), asked_for)
+        return back_off_s(
+            failures,
+            first_s=FIRST_PAUSE_S,
+            longest_s=LONGEST_PAUSE_S,
+            rng=self._rng,
+            asked_for_s=retry_after,
+        )
 
 
 async def _stop(handle: IStreamHandle) -> None:

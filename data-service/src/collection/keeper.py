@@ -17,6 +17,7 @@ from collection.hub import Hub
 from collection.interfaces import TargetState, TargetStatus
 from collection.processor import RealTimeProcessor
 from collection.waiting import first_of
+from domain.back_off import back_off_s
 from domain.clock import IClock
 from domain.entry import BOOK_TOLERANCE_MS
 from domain.gap import GapReason
@@ -31,11 +32,10 @@ from exchange_source.interfaces import (
 from reconciliation.interfaces import IReconciler, SettleReport
 from target_management.interfaces import Target
 
-# How far back the settling of live periods looks (market ms); what is older is repair.
+# How far back periods are live (market ms); what is older is repair. What is settled at a close
+# reaches as far, and so takes along the second looks that are due by then, the last of which comes
+# an hour after a period's end.
 LIVE_REACH_MS: Final = 3_600_000
-# What is settled at a close takes along the second looks that are due by then: the last one is an
-# hour after a period's end.
-LOOK_REACH_MS: Final = 3_600_000
 # A look waits so long (market ms) for the settling of a close to take it along.
 LOOK_PATIENCE_MS: Final = 15_000
 REPAIR_EVERY_MS: Final = 3_600_000
@@ -54,6 +54,7 @@ SHORTEST_REAL_PAUSE_S: Final = 0.05
 LOOK_RHYTHM_MS: Final = 30_000
 FIRST_RETRY_S: Final = 1.0
 LONGEST_RETRY_S: Final = 60.0
+# Those who wait for the end of an outage come back within this of its pause (real time).
 PROBE_SPREAD_S: Final = 5.0
 # What the exchange refuses is not asked for again sooner than this (real time).
 REFUSED_PAUSE_S: Final = 5.0
@@ -97,6 +98,8 @@ class SeriesKeeper:
         self._settled_once = False
         self._backfilled = False
         self._delisted = False
+        # Why the exchange refuses to tell of the market, listed or not.
+        self._refusal: ExchangeRefused | None = None
         self._failing = False
         # Cleared while the market is delisted or refused: then only the repair asks, hour by hour.
         self._served = asyncio.Event()
@@ -166,7 +169,7 @@ class SeriesKeeper:
             closed_end = interval.floor(self._clock.now_ms())
             # After an outage everything that it swallowed is live again.
             settled_until = min(closed_end, self._settled_until or closed_end)
-            start = settled_until - LOOK_REACH_MS - 2 * self._step
+            start = settled_until - LIVE_REACH_MS - 2 * self._step
             report = await self._settle(
                 TimeRange(max(self.target.since, start), closed_end), Priority.LIVE
             )
@@ -306,8 +309,11 @@ class SeriesKeeper:
             self._note_error(report.error)
         self._failing = report.error is not None
         self._settled_once = self._settled_once or report.error is None
-        if isinstance(report.error, ExchangeRefused):
-            await self._check_listed(refused=report.error)
+        if report.error is None:
+            self._refusal = None
+        elif isinstance(report.error, ExchangeRefused):
+            self._refusal = report.error
+            await self._check_listed()
         return report
 
     def _note_error(self, error: ExchangeError) -> None:
@@ -317,8 +323,8 @@ class SeriesKeeper:
         if not outage and not isinstance(error, ExchangeRefused):
             log.warning("series_not_settled", series=str(self.series), error=error.message)
 
-    async def _check_listed(self, *, refused: ExchangeRefused | None = None) -> None:
-        """Know whether the exchange still serves the market; ``refused`` is why it may not.
+    async def _check_listed(self) -> None:
+        """Know whether the exchange still serves the market.
 
         An exchange that cannot be asked leaves what is known as it is.
         """
@@ -330,11 +336,11 @@ class SeriesKeeper:
             log.debug("listing_unknown", series=str(self.series), error=exc.message)
             return
         delisted = market is None
-        served = not delisted and refused is None
+        served = not delisted and self._refusal is None
         if delisted and not self._delisted:
             log.warning("market_delisted", series=str(self.series), market=self.target.market)
-        elif not delisted and refused is not None and self._served.is_set():
-            log.warning("market_refused", series=str(self.series), error=refused.message)
+        elif not delisted and self._refusal is not None and self._served.is_set():
+            log.warning("market_refused", series=str(self.series), error=self._refusal.message)
         elif served and not self._served.is_set():
             log.info("market_served_again", series=str(self.series), market=self.target.market)
         self._delisted = delisted
@@ -360,9 +366,8 @@ class SeriesKeeper:
         the feed was heard meanwhile."""
         market, interval = self.target.market, self.target.interval
         since = self._feed.heard_since(market, interval)
-        if since is None or since > period or self._newest_update >= period:
-            return
-        if self._feed.heard_at < period:
+        heard = self._newest_update >= period
+        if heard or since is None or since > period or self._feed.heard_at < period:
             return
         if self.view.stored_ranges(TimeRange(period, period + self._step)):
             log.warning("stream_silent", series=str(self.series), since=since)
@@ -384,8 +389,9 @@ class SeriesKeeper:
 
     async def _back_off(self, failures: int) -> None:
         """The pause after a failure that is this market's own, or of storage (real time)."""
-        pause = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures, 10))
-        await self._clock.sleep_real(pause * self._rng.uniform(0.75, 1.25))
+        await self._clock.sleep_real(
+            back_off_s(failures, first_s=FIRST_RETRY_S, longest_s=LONGEST_RETRY_S, rng=self._rng)
+        )
 
     async def _pause(self, market_ms: int) -> None:
         """The pause of the repair: by the market's clock, but not in quick succession."""

@@ -51,7 +51,7 @@ log = structlog.get_logger(__name__)
 
 
 class SeriesState(ISeriesView):
-    """The one view of a series in this process; settling changes it under ``lock``.
+    """The one view of a series in this process; settling changes it inside ``exclusive``.
 
     With ``read_only`` the ledger is read and never written: another process keeps it.
     """
@@ -92,7 +92,7 @@ class SeriesState(ISeriesView):
         self._load_lock = asyncio.Lock()
         self._books_lock = asyncio.Lock()
         self._save_lock = asyncio.Lock()
-        self.lock = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     # -- what is known ----------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class SeriesState(ISeriesView):
 
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
-        async with self.lock:
+        async with self._lock:
             yield
 
     def note_book(self, timestamp: int, book: OrderBook) -> None:

@@ -62,7 +62,7 @@ async def settle_page(
         ExchangeError: the exchange could not be asked; the page stays open.
         StorageError: storage could not be listed or written; nothing was concluded.
     """
-    async with state.lock:
+    async with state.exclusive():
         await state.load(progress.wanted)
         # One request may settle many holes: everything to do within a page of the newest.
         page = state.next_page(

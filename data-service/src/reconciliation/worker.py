@@ -18,6 +18,7 @@ from typing import Final, TypeVar
 
 import structlog
 
+from domain.back_off import back_off_s
 from domain.clock import IClock
 from domain.order_book import OrderBook
 from domain.time_range import TimeRange
@@ -40,8 +41,6 @@ QUEUE_BOUND: Final = 10_000
 FAIR_TURN: Final = 8
 FIRST_PAUSE_S: Final = 0.5
 LONGEST_PAUSE_S: Final = 30.0
-# A pause that the exchange asks for is kept up to this.
-LONGEST_ASKED_FOR_S: Final = 3600.0
 
 _T = TypeVar("_T")
 
@@ -62,6 +61,7 @@ class Outage:
         self._failures = 0
         self._until = 0.0
         self._probing = False
+        # Two of each say enough.
         self._markets: set[str] = set()
         self._failing: set[str] = set()
         self._over = asyncio.Event()
@@ -80,7 +80,8 @@ class Outage:
         Raises:
             ExchangeUnavailable: it is too early to ask again.
         """
-        self._markets.add(market)
+        if len(self._markets) < 2:
+            self._markets.add(market)
         if self._failures == 0:
             return False
         if self._probing or self._clock.monotonic() < self._until:
@@ -105,12 +106,16 @@ class Outage:
             return  # sent before the outage began: no further failure
         if self._failures == 0:
             self._failing.add(market)
-            if error.retry_after is None and len(self._failing) < min(2, len(self._markets)):
+            if error.retry_after is None and len(self._failing) < len(self._markets):
                 return
             log.warning("exchange_cannot_be_asked", exchange=self._exchange, error=error.message)
-        pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._failures, 16))
-        asked_for = min(error.retry_after or 0.0, LONGEST_ASKED_FOR_S)
-        pause = max(pause * self._rng.uniform(0.75, 1.25), asked_for)
+        pause = back_off_s(
+            self._failures,
+            first_s=FIRST_PAUSE_S,
+            longest_s=LONGEST_PAUSE_S,
+            rng=self._rng,
+            asked_for_s=error.retry_after,
+        )
         self._failures += 1
         self._over.clear()
         self._until = self._clock.monotonic() + pause
@@ -278,7 +283,10 @@ class SettlingWorker:
         except asyncio.CancelledError:
             self._fail(job, ExchangeUnavailable("the service is shutting down"))
             raise
-        except Exception as exc:  # noqa: BLE001  the outermost loop: the caller gets the error
+        except Exception as exc:
+            # The outermost loop: the caller gets the error; where all have left, the log.
+            if job.waiters == 0:
+                log.exception("settling_failed", series=str(job.state.series))
             self._fail(job, exc)
             return False
         if not more:

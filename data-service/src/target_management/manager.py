@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from config import Settings
+from domain.back_off import back_off_s
 from domain.clock import IClock
 from target_management.audit import NAME, AuditFile, AuditObjects, IAudit
 from target_management.changes import check_changes
@@ -204,8 +205,13 @@ class TargetManager(ITargetManager):
             return work()
 
     def _back_off_s(self, attempt: int) -> float:
-        pause = min(_FIRST_BACK_OFF_S * 2.0**attempt, _LONGEST_BACK_OFF_S)
-        return pause * self._jitter.uniform(0.5, 1.5)
+        return back_off_s(
+            attempt,
+            first_s=_FIRST_BACK_OFF_S,
+            longest_s=_LONGEST_BACK_OFF_S,
+            rng=self._jitter,
+            jitter=0.5,
+        )
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout_s

@@ -1,7 +1,7 @@
 """What stands between ccxt and an exchange: checks that ccxt itself does not make.
 
-* Every REST answer: status and body are checked in one place; its headers are kept for the call
-  that asked, because calls run side by side on one instance.
+* Every REST request is sent once; of its answer status and body are checked in one place, and its
+  headers are kept for the call that asked, because calls run side by side on one instance.
 * Every socket: a frame that cannot be read, or a handler that fails, would end ccxt's receive loop
   silently and leave every watcher waiting. Here it fails the watchers of the topic that the frame
   belongs to; where that cannot be told it fails all of them at once, and the socket is closed and
@@ -121,6 +121,13 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         if code < 400 and (problem := self.answer_problem(response)):
             raise BadExchangeAnswer(f"{name}: answer {problem}: {body[:200]}")
         return result
+
+    def open(self, *args: Any, **kwargs: Any) -> None:
+        super().open(*args, **kwargs)
+        if self.session is not None:
+            # aiohttp repeats a GET whose connection is cut, behind the back of the limiter: twice
+            # what the exchange allows, just when it is in trouble. There is no public switch.
+            self.session._retry_connection = False  # noqa: SLF001
 
     def client(self, url: str) -> Any:
         socket = super().client(url)

@@ -587,6 +587,21 @@ class TestErrors:
             await exchange.check_coin_availability("BTC")
         await exchange.close()
 
+    async def test_a_request_whose_connection_is_cut_is_sent_once(
+        self, exchange: CryptocomExchange, server: CryptoComServer
+    ) -> None:
+        await exchange.check_coin_availability("BTC")
+
+        def cut(request: web.Request) -> web.Response:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+
+        server.answer = cut
+        with pytest.raises(ExchangeUnavailable):
+            await exchange.fetch_order_book(BTC)
+        assert len(server.asked("get-book")) == 1
+
 
 class TestOrderBookByRest:
     async def test_its_top_with_the_exchanges_time(
