@@ -24,6 +24,7 @@ from deltalake.fs import DeltaStorageHandler
 from deltalake.schema import PrimitiveType
 
 from target_management.interfaces import (
+    SERVICE,
     TargetError,
     TargetSchemaMismatch,
     TargetStoreDenied,
@@ -94,7 +95,7 @@ class DeltaEngine:
             mode="ignore",
             configuration=_CONFIGURATION,
             storage_options=storage_options,
-            commit_properties=commit(change="create_table", by="service"),
+            commit_properties=commit(change="create_table", by=SERVICE),
         )
 
     def files(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any, Final
 
 import pyarrow.fs
@@ -12,7 +13,7 @@ from deltalake import DeltaTable
 
 from target_management.audit import IAudit
 from target_management.delta_engine import NO_HOOKS, DeltaEngine, commit, translated
-from target_management.interfaces import TargetError
+from target_management.interfaces import SERVICE, TargetError
 
 # A checkpoint and, if there is need, a merging of small files come every so many commits.
 # Opening costs by the log entries since the last checkpoint, reading and merging by the file.
@@ -20,9 +21,11 @@ _EVERY: Final = 10
 _MOST_FILES: Final = 10
 # Vacuum and the clearing of the log come every so many commits; the log is cleared in blocks of it.
 _BLOCK: Final = 100
-# 1,000 changes, and the commits of upkeep among them: of 10 commits at most one merges files, of
-# 100 at most two tell of a vacuum.
+# 1,000 changes, and the commits of upkeep among them, however often the table is opened: files
+# are merged for ten changes at the earliest, and a vacuum, which is two commits, removes the files
+# of fifty.
 _KEPT_COMMITS: Final = 1_150
+_LEAST_VACUUM: Final = 50
 # A read of the service ends within half a minute, and a handle of somebody's notebook within a
 # day. It also covers a writer whose files no log names yet.
 _RETENTION_HOURS: Final = 24
@@ -74,7 +77,7 @@ class Upkeep:
             table = self._engine.open(self._uri, self._storage_options)
             if len(table.file_uris()) > _MOST_FILES:
                 table.optimize.compact(
-                    commit_properties=commit(change="merge_files", by="service"),
+                    commit_properties=commit(change="merge_files", by=SERVICE),
                     post_commithook_properties=NO_HOOKS,
                 )
             if tidy:
@@ -86,14 +89,25 @@ class Upkeep:
                 self._clear_log(table)
 
     def _vacuum(self, table: DeltaTable) -> None:
-        table.vacuum(
+        # The library names again what it removed before, for as long as the log tells of it.
+        named = {path.rpartition("/")[2] for path in self._vacuumed(table, dry_run=True)}
+        if not named:
+            return
+        files = self._engine.files(self._uri, self._storage_options)
+        there = (info.base_name for info in files.get_file_info(pyarrow.fs.FileSelector("")))
+        if len(named.intersection(there)) >= _LEAST_VACUUM:
+            self._vacuumed(table, dry_run=False)
+
+    @staticmethod
+    def _vacuumed(table: DeltaTable, *, dry_run: bool) -> list[str]:
+        return table.vacuum(
             retention_hours=_RETENTION_HOURS,
-            dry_run=False,
+            dry_run=dry_run,
             # Tables of other writers may name a longer time.
             enforce_retention_duration=False,
             # A checkpoint forgets which files left the table, once their time is over.
             full=True,
-            commit_properties=commit(change="vacuum", by="service"),
+            commit_properties=commit(change="vacuum", by=SERVICE),
             post_commithook_properties=NO_HOOKS,
         )
 
@@ -120,7 +134,9 @@ class Upkeep:
                 self._audit.keep(table_id, block, entries)
             # In order, so that what a killed process leaves is still a log without a hole.
             for path in sorted(sizes):
-                files.delete_file(path)
+                # Another process may clear the log as well, and be faster.
+                with suppress(FileNotFoundError):
+                    files.delete_file(path)
 
 
 def _entry(files: pyarrow.fs.FileSystem, path: str) -> dict[str, Any]:

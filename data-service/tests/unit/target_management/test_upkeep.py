@@ -69,6 +69,22 @@ async def test_the_last_thousand_changes_stay_in_the_history_and_older_ones_in_t
     assert held.since == NOW + 1_500
 
 
+@pytest.mark.timeout(180)
+async def test_opening_the_table_again_and_again_pushes_no_change_out_of_the_history(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The worst case: whatever left the table may be removed at once.
+    monkeypatch.setattr("target_management.upkeep._RETENTION_HOURS", 0)
+    for opening in range(130):
+        manager = TargetManager("local", str(path), None, ManualClock(NOW))
+        await manager.open()
+        await manager.add_target(BTC)
+        await change(manager, 10, first=10 * opening)
+        await manager.close()
+    told = [entry for entry in changes(path).values() if entry.get("change") == "update_target"]
+    assert len(told) >= KEPT
+
+
 async def test_who_opened_the_table_before_upkeep_still_reads_it(
     manager: TargetManager, path: Path
 ) -> None:
