@@ -17,27 +17,16 @@ from functools import partial
 from pathlib import Path
 
 from domain.clock import MarketClock
-from target_management.interfaces import Target
 from target_management.manager import TargetManager
+
+# Targets are made as tests make them.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.targets import make_target
 
 REPEATS = 15
 FEW, MANY = 10, 1_000
 BAR = 2.0
 NOW = 1_795_348_800_000
-
-
-def target(coin: str) -> Target:
-    return Target(
-        coin=coin,
-        exchange="crypto.com",
-        exchange_id="cryptocom",
-        market=f"{coin}/USD",
-        interval="5m",
-        enabled=True,
-        since=NOW,
-        created_at=NOW,
-        last_updated=NOW,
-    )
 
 
 async def timed(work: Callable[[], Awaitable[object]]) -> float:
@@ -50,7 +39,7 @@ async def measured(manager: TargetManager, name: str) -> dict[str, float]:
     """Medians (s); what is measured leaves the table with as many rows as it had."""
     seconds: dict[str, list[float]] = {"add": [], "update": [], "list": [], "list, unchanged": []}
     for number in range(REPEATS):
-        row = target(f"{name}{number}")
+        row = make_target(f"{name}{number}", since=NOW, now=NOW)
         seconds["add"].append(await timed(partial(manager.add_target, row)))
         seconds["list"].append(await timed(manager.list_targets))
         seconds["list, unchanged"].append(await timed(manager.list_targets))
@@ -66,7 +55,7 @@ async def main() -> int:
         manager = TargetManager("local", str(Path(folder) / "targets"), None, MarketClock())
         await manager.open()
         for number in range(FEW):
-            await manager.add_target(target(f"F{number}"))
+            await manager.add_target(make_target(f"F{number}", since=NOW, now=NOW))
         few = await measured(manager, "A")
         # The same few rows, changed a thousand times.
         for number in range(MANY):

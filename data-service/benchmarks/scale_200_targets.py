@@ -39,12 +39,12 @@ import httpx
 
 from domain.clock import MarketClock
 from storage.path_utility import StoragePathUtility
-from target_management.interfaces import Target
 from target_management.manager import TargetManager
 
 # The processes are started as tests start them.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.support.processes import SECRET, Stack, clean_environment, market_clock, program, run
+from tests.support.processes import Stack, market_clock, run, stack_to_start
+from tests.support.targets import make_target
 
 COUNT = 200
 COINS = [f"T{number:03d}" for number in range(COUNT)]
@@ -87,19 +87,7 @@ async def add_targets(folder: Path, clock: MarketClock) -> None:
     try:
         await table.open()
         for coin in COINS:
-            await table.add_target(
-                Target(
-                    coin=coin,
-                    exchange="crypto.com",
-                    exchange_id="cryptocom",
-                    market=f"{coin}/USD",
-                    interval="5m",
-                    enabled=True,
-                    since=SINCE,
-                    created_at=NOON,
-                    last_updated=NOON,
-                )
-            )
+            await table.add_target(make_target(coin, since=SINCE, now=NOON))
     finally:
         await table.close()
 
@@ -140,10 +128,9 @@ def difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
 class World:
     """The processes of one phase, and where everything lies."""
 
-    def __init__(self, folder: Path, running: Stack, sandbox_pid: int) -> None:
+    def __init__(self, folder: Path, running: Stack) -> None:
         self.running = running
         self._folder = folder
-        self._sandbox_pid = sandbox_pid
         self._found: set[str] = set()
 
     @property
@@ -189,7 +176,7 @@ class World:
     def computed_s(self) -> tuple[float, float]:
         """Processor seconds of the service and of the sandbox."""
         assert self.running.service is not None
-        return processor_s(self.running.service.pid), processor_s(self._sandbox_pid)
+        return processor_s(self.running.service.pid), processor_s(self.running.sandbox.pid)
 
 
 def processor_s(pid: int) -> float:
@@ -200,28 +187,14 @@ def processor_s(pid: int) -> float:
 @asynccontextmanager
 async def world(folder: Path, clock: MarketClock, *options: str) -> AsyncIterator[World]:
     """A sandbox that stands at this time, and a service that is not started yet."""
-    environment = clean_environment(MARKET_CLOCK=clock.to_setting())
-    async with program(
-        "cli", "sandbox", "--port", "0", "--replay", str(folder / "recording"),
-        "--answer-delay-ms", str(DELAY_MS), *options, environment=environment, folder=folder,
-    ) as (sandbox, line):  # fmt: skip
-        url = line.rsplit(" ", 1)[-1]
-        settings = {
-            "PORT": "0",
-            "AUTH_SECRET": SECRET,
-            "STORAGE_ROOT": str(folder / "data"),
-            "STATE_DIR": str(folder / "data"),
-            "EXCHANGES": "crypto.com",
-            "EXCHANGE_ENDPOINTS": json.dumps({"crypto.com": url}),
-            "MARKET_CLOCK": clock.to_setting(),
-            "LOG_LEVEL": "WARNING",
-        }
-        running = Stack(folder=folder, clock=clock, sandbox_url=url, settings=settings)
-        try:
-            yield World(folder, running, sandbox.pid)
-        finally:
-            if running.service is not None and running.service.returncode is None:
-                await running.stop_service()
+    arguments = ("--replay", str(folder / "recording"), "--answer-delay-ms", str(DELAY_MS))
+    async with stack_to_start(
+        folder,
+        clock,
+        sandbox_arguments=(*arguments, *options),
+        LOG_LEVEL="WARNING",
+    ) as running:
+        yield World(folder, running)
 
 
 async def by_hand(world: World, folder: Path) -> tuple[float, int]:

@@ -168,6 +168,8 @@ class SettlingWorker:
         self._busy: set[SeriesState] = set()
         self._taken = 0
         self._ready = asyncio.Condition()
+        # As few books as jobs are under way at once, so that hardly any is when an outage begins.
+        self._books = asyncio.Semaphore(runners)
         self._jobs: dict[_Key, _Job] = {}
         self._stopped = False
 
@@ -182,9 +184,10 @@ class SettlingWorker:
 
     async def order_book(self, market: str) -> OrderBook:
         """The top of the book now, by REST; see ``IReconciler.order_book``."""
-        return await self._ask(
-            market, lambda: self._client.fetch_order_book(market, priority=Priority.LIVE)
-        )
+        async with self._books:
+            return await self._ask(
+                market, lambda: self._client.fetch_order_book(market, priority=Priority.LIVE)
+            )
 
     async def settle(
         self, state: SeriesState, wanted: TimeRange, *, priority: Priority

@@ -127,6 +127,7 @@ class Stack:
 
     folder: Path
     clock: MarketClock
+    sandbox: asyncio.subprocess.Process
     sandbox_url: str
     settings: dict[str, str]
     service: asyncio.subprocess.Process | None = None
@@ -225,6 +226,22 @@ async def stack(
     **settings: str,
 ) -> AsyncIterator[Stack]:
     """A sandbox and a service on free ports, in a folder of their own; stopped at the end."""
+    async with stack_to_start(
+        folder, clock, sandbox_arguments=sandbox_arguments, **settings
+    ) as running:
+        await running.start_service()
+        yield running
+
+
+@asynccontextmanager
+async def stack_to_start(
+    folder: Path,
+    clock: MarketClock,
+    *,
+    sandbox_arguments: Sequence[str] = (),
+    **settings: str,
+) -> AsyncIterator[Stack]:
+    """The same with a service that is not started yet."""
     environment = clean_environment(MARKET_CLOCK=clock.to_setting())
     async with program(
         "cli",
@@ -234,11 +251,12 @@ async def stack(
         *sandbox_arguments,
         environment=environment,
         folder=folder,
-    ) as (_, line):
+    ) as (sandbox, line):
         sandbox_url = line.rsplit(" ", 1)[-1]
         running = Stack(
             folder=folder,
             clock=clock,
+            sandbox=sandbox,
             sandbox_url=sandbox_url,
             settings={
                 "PORT": "0",
@@ -251,11 +269,11 @@ async def stack(
                 **settings,
             },
         )
-        await running.start_service()
         try:
             yield running
         finally:
-            await running.stop_service()
+            if running.service is not None:
+                await running.stop_service()
 
 
 class Feed:

@@ -15,6 +15,7 @@ from domain.clock import MarketClock
 from target_management.interfaces import Target
 from target_management.manager import TargetManager
 from tests.support.processes import clean_environment
+from tests.support.targets import make_target
 
 ROOT = Path(__file__).parents[2]
 NOW = 1_795_348_800_000
@@ -22,17 +23,7 @@ NOW = 1_795_348_800_000
 
 def target(coin: str) -> Target:
     """A target of that coin."""
-    return Target(
-        coin=coin,
-        exchange="crypto.com",
-        exchange_id="cryptocom",
-        market=f"{coin}/USD",
-        interval="5m",
-        enabled=True,
-        since=NOW,
-        created_at=NOW,
-        last_updated=NOW,
-    )
+    return make_target(coin, since=NOW, now=NOW)
 
 
 async def add_at_once(

@@ -11,6 +11,21 @@ from target_management.interfaces import SERVICE, ITargetManager, Target, Target
 from tests.support.clock import ManualClock
 
 
+def make_target(coin: str, *, since: int, now: int) -> Target:
+    """A target of 5m on Crypto.com that was added at ``now`` (ms)."""
+    return Target(
+        coin=coin,
+        exchange="crypto.com",
+        exchange_id="cryptocom",
+        market=f"{coin}/USD",
+        interval="5m",
+        enabled=True,
+        since=since,
+        created_at=now,
+        last_updated=now,
+    )
+
+
 class InMemoryTargets(ITargetManager):
     """Rows in a dictionary.
 

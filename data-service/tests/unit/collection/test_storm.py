@@ -10,9 +10,9 @@ import pytest
 
 from collection.interfaces import TargetState
 from exchange_source.interfaces import ExchangeUnavailable
-from target_management.interfaces import Target
 from tests.support.collecting import Collecting
 from tests.support.market import FIVE, HOUR, MINUTE, T0, book, candles
+from tests.support.targets import make_target
 
 COUNT = 200
 MARKETS = [f"T{number:03d}/USD" for number in range(COUNT)]
@@ -37,19 +37,8 @@ class Many(Collecting):
 
     async def add_targets(self) -> None:
         for market in MARKETS:
-            await self.targets.add_target(
-                Target(
-                    coin=market.partition("/")[0],
-                    exchange="crypto.com",
-                    exchange_id="cryptocom",
-                    market=market,
-                    interval="5m",
-                    enabled=True,
-                    since=SINCE,
-                    created_at=START,
-                    last_updated=START,
-                )
-            )
+            coin = market.partition("/")[0]
+            await self.targets.add_target(make_target(coin, since=SINCE, now=START))
 
     async def live(self, milliseconds: int) -> None:
         """Let time pass on an exchange whose feeds tell something."""

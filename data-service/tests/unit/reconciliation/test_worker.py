@@ -316,6 +316,24 @@ async def test_in_an_outage_what_is_queued_together_sends_one_probe() -> None:
     assert len(world.exchange.asked) <= 1
 
 
+async def test_of_many_books_asked_for_as_an_outage_begins_few_are_sent() -> None:
+    world = World()
+    markets = tuple(f"C{number}/USD" for number in range(100))
+    world.exchange.markets = markets
+    world.exchange.gate.clear()
+    async with world.running():
+        books = [
+            asyncio.create_task(world.reconciler.order_book("crypto.com", market))
+            for market in markets
+        ]
+        await settle_loop()
+        world.exchange.fail_with = ExchangeUnavailable("connection refused")
+        world.exchange.gate.set()
+        told = await asyncio.gather(*books, return_exceptions=True)
+    assert all(isinstance(error, ExchangeUnavailable) for error in told)
+    assert world.exchange.requests["fetch_order_book"] <= RUNNERS + 1
+
+
 async def test_endless_requests_do_not_keep_a_backfill_waiting_for_ever() -> None:
     world = World()
     async with world.running():
