@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ DEFAULT_SCOPE: Final = "data:read data:write"
 DEFAULT_TTL_S: Final = 3600
 MOST_DAYS: Final = 36_500
 INTERRUPTED: Final = 128 + signal.SIGINT
+BROKEN_PIPE: Final = 128 + signal.SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,11 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run: Any = options.run
         code: int = run(options)
+        sys.stdout.flush()
     except DataServiceError as exc:
         print(f"cb-trade-data: {exc.message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # Who reads has left, such as head; what is still to be flushed has nowhere else to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     return code
 
 

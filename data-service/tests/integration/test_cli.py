@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +57,21 @@ async def test_days_that_are_none_are_refused(tmp_path: Path, days: str) -> None
     code, lines, errors = await run("verify", f"--days={days}", folder=tmp_path)
     assert (code, lines) == (2, [])
     assert "takes a number of days above 0 and up to 36500" in errors[-1]
+
+
+async def test_a_reader_that_leaves_ends_the_command_without_a_word(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "cli", "token", "--subject", "bot",
+            env=clean_environment(AUTH_SECRET=SECRET), cwd=tmp_path,
+            stdout=writer, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    _, errors = await process.communicate()
+    assert (process.returncode, errors) == (128 + signal.SIGPIPE, b"")
 
 
 async def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
