@@ -111,6 +111,24 @@ async def test_many_holes_within_a_page_cost_one_request() -> None:
     ]
 
 
+async def test_a_look_is_as_late_as_the_clock_of_the_exchange_says() -> None:
+    world = World(now=T0 + HOUR + 65 * MINUTE)
+    world.exchange.time_offset_ms = -30 * MINUTE
+    world.trade(24)
+    last = T0 + 11 * FIVE
+    await world.settle(end=T0 + HOUR)
+    # It ended 65 minutes ago, and 35 by the clock of the exchange, which may yet correct it.
+    world.exchange.put("BTC/USD", "5m", [candle(last, close=200.0)])
+    await world.clock.advance(31 * MINUTE)
+    due = world.state.looks_due()
+    assert due is not None
+    assert last in due
+    await world.settle(due.start, due.end)
+    assert (await world.stored())[last] == candle(last, close=200.0)
+    await world.clock.advance(2 * HOUR)
+    assert world.state.looks_due() is None
+
+
 async def test_a_quiet_period_is_empty_provisionally_and_final_after_a_second_proof() -> None:
     world = World()
     world.trade(40, holes=(5,))
