@@ -261,4 +261,4 @@ def _failed(protocol: IProtocol, request: web.Request, fault: Fault) -> web.Resp
 
 
 def _protocol_of(request: web.Request, protocols: Sequence[IProtocol]) -> IProtocol | None:
-    return next((item for item in protocols if request.path.startswith(f"{item.prefix}/")), None)
+    return next((item for item in protocols if item.serves(request.path)), None)

@@ -64,8 +64,6 @@ class CryptocomProtocol(IProtocol):
     does not answer within 5 s is dropped.
     """
 
-    prefix = _PREFIX
-
     def __init__(self, venue: Venue, hub: Hub, *, heartbeat_s: float = 30.0) -> None:
         self._venue = venue
         self._hub = hub
@@ -83,6 +81,9 @@ class CryptocomProtocol(IProtocol):
         for method, answer in answers.items():
             router.add_get(f"{_PREFIX}/{method}", self._rest(method, answer))
         router.add_get(f"{_PREFIX}/market", self._market)
+
+    def serves(self, path: str) -> bool:
+        return path.startswith(f"{_PREFIX}/")
 
     def asked_for(self, request: web.Request) -> tuple[str | None, str | None]:
         return request.query.get("instrument_name"), request.query.get("timeframe")

@@ -12,10 +12,13 @@ from aiohttp import web
 class IProtocol(ABC):
     """One exchange's REST and WebSocket protocol over the venue it was made with.
 
-    Everything below ``prefix`` is its own; faults, delays and limits are put round it.
+    Every path that it ``serves`` is its own; faults, delays and limits are put round it. Paths are
+    the exchange's, so that all protocols share one port.
     """
 
-    prefix: str
+    @abstractmethod
+    def serves(self, path: str) -> bool:
+        """Whether a request of ``path`` is for this exchange, also where the path leads nowhere."""
 
     @abstractmethod
     def add_routes(self, router: web.UrlDispatcher) -> None:
