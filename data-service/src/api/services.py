@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol, cast
 
 from fastapi import Depends
 from fastapi.requests import HTTPConnection
 
+from api.wire import EventEncoder
 from auth.interfaces import IAuthenticationModule
 from collection.interfaces import IDataCollectionManager
 from config import Settings
@@ -39,6 +40,7 @@ class Services:
     collection: IDataCollectionManager
     history: IHistoricalDataManager
     health: IHealth
+    events: EventEncoder = field(default_factory=EventEncoder)
 
 
 def get_services(connection: HTTPConnection) -> Services:

@@ -12,7 +12,7 @@ takes nothing at all for ``send_timeout_s`` is closed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -38,17 +38,16 @@ from api.problems import (
     report_unexpected,
 )
 from api.services import Services
-from api.wire import CANDLES, candle_message, current_out, gap_message, status_message
+from api.wire import current_out, status_message
 from auth.interfaces import READ_SCOPE, WRITE_SCOPE, Principal
 from auth.module import demand_scope
 from collection.interfaces import (
-    GapTold,
+    Channel,
     SlowConsumer,
     StatusTold,
     StreamEvent,
     SubscriptionStarted,
 )
-from domain.series import Series
 from errors import CoinNotAvailable, DataServiceError, Forbidden, InvalidRequest
 from models import (
     CLIENT_MESSAGES,
@@ -166,6 +165,7 @@ class Session:
         self._collection = services.collection
         self._history = services.history
         self._clock = services.clock
+        self._events = services.events
         self._metrics = metrics
         self._limits = limits or SessionLimits()
         self._tasks = asyncio.TaskGroup()
@@ -217,7 +217,9 @@ class Session:
         Raises:
             WebSocketDisconnect: the client is gone.
         """
-        text = orjson.dumps(message).decode()
+        await self._send_text(orjson.dumps(message).decode(), kind=message["type"])
+
+    async def _send_text(self, text: str, *, kind: str) -> None:
         async with self._sending:
             if self._gone:
                 raise WebSocketDisconnect(CLOSE_ABNORMAL)
@@ -230,7 +232,7 @@ class Session:
             except WebSocketDisconnect:
                 self._gone = True
                 raise
-        self._metrics.messages.labels(message["type"]).inc()
+        self._metrics.messages.labels(kind).inc()
 
     async def _close(self, ending: _SessionOver) -> None:
         if ending.code is None or self._gone:
@@ -342,8 +344,10 @@ class Session:
 
     def _start_subscription(self, message: SubscribeRealtime) -> None:
         demand_scope(self._principal, READ_SCOPE)
-        if message.channel != CANDLES:
-            raise InvalidRequest(f"channel takes {CANDLES}; got {message.channel!r}")
+        if message.channel not in list(Channel):
+            raise InvalidRequest(
+                f"channel takes one of {', '.join(Channel)}; got {message.channel!r}"
+            )
         if len(self._subscriptions) >= self._limits.subscriptions:
             raise TooManySubscriptions(
                 f"a connection takes at most {self._limits.subscriptions} subscriptions; "
@@ -378,7 +382,11 @@ class Session:
             )
             coin, exchange = added.target.target.coin, added.target.target.exchange
         stream = self._collection.stream_realtime_data(
-            coin, exchange=exchange, interval=message.interval, from_ms=message.from_
+            coin,
+            exchange=exchange,
+            interval=message.interval,
+            channel=Channel(message.channel),
+            from_ms=message.from_,
         )
         async with aclosing(stream):
             try:
@@ -402,7 +410,7 @@ class Session:
         subscription_id: str,
         request_id: str | None,
         started: SubscriptionStarted,
-        stream: Any,
+        stream: AsyncIterator[StreamEvent],
     ) -> None:
         """Send what the stream tells, numbered."""
         series = started.series
@@ -415,7 +423,7 @@ class Session:
                 "coin": series.coin,
                 "market": started.market,
                 "interval": series.interval.name,
-                "channel": CANDLES,
+                "channel": started.channel.value,
                 "last_closed": started.last_closed,
             }
         )
@@ -425,15 +433,13 @@ class Session:
             if isinstance(event, StatusTold):
                 await self._relay_status(event)
                 continue
+            if isinstance(event, SubscriptionStarted):
+                raise TypeError("a stream began a second time")
             sequence += 1
-            await self.send(
-                {
-                    "type": "gap" if isinstance(event, GapTold) else "realtime_data",
-                    "subscription_id": subscription_id,
-                    "sequence": sequence,
-                    **_event_fields(event, series, started.market),
-                }
+            kind, text = self._events.message(
+                event, series, started.market, subscription_id=subscription_id, sequence=sequence
             )
+            await self._send_text(text, kind=kind)
 
     async def _relay_status(self, event: StatusTold) -> None:
         """Tell a change once, however many subscriptions stand on what changed."""
@@ -580,14 +586,6 @@ def _parsed(document: dict[str, Any]) -> ClientMessage:
             for finding in findings
         )
         raise (InvalidRequest if meant else InvalidMessage)(text) from exc
-
-
-def _event_fields(event: StreamEvent, series: Series, market: str) -> dict[str, Any]:
-    if isinstance(event, GapTold):
-        return gap_message(event)
-    if isinstance(event, SubscriptionStarted | StatusTold):
-        raise TypeError(f"a stream told {type(event).__name__} out of its place")
-    return candle_message(event, series, market)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

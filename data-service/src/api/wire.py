@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, Final
+
+import msgspec
+import orjson
 
 from collection.interfaces import (
     Availability,
+    BookTold,
+    CandleEvent,
+    Channel,
+    ChannelEvent,
     ClosedCandle,
     FormingCandle,
     GapTold,
     StatusTold,
     TargetStatus,
+    TickerTold,
+    TradesTold,
 )
 from domain.candle import Candle
 from domain.entry import SCHEMA, Entry
@@ -19,7 +29,7 @@ from historical.interfaces import Coverage, CurrentData, History, Summary
 from historical.messages import candle_row, gap_out
 from models import HISTORY_COLUMNS
 
-CANDLES: Final = "candles"
+_ENCODED_EVENTS: Final = 1_024
 VWAP_METHOD: Final = "approximate: typical price (high + low + close) / 3 weighted by volume"
 
 
@@ -159,26 +169,81 @@ def coverage_out(coverage: Coverage) -> dict[str, Any]:
     }
 
 
-def candle_message(
-    event: FormingCandle | ClosedCandle, series: Series, market: str
-) -> dict[str, Any]:
-    """``realtime_data`` without the subscription's own fields. The book is left out: it has a
-    channel of its own."""
-    if isinstance(event, ClosedCandle):
-        data = closed_out(event.entry)
-        late = event.late
-    else:
-        data = forming_out(series, market, event.candle)
-        late = False
-    del data["order_book"]
+class EventEncoder:
+    """Events as JSON, each written once for all its subscribers: by far the most of what a message
+    costs. It remembers the last that it wrote."""
+
+    def __init__(self) -> None:
+        # With the event itself, so that no other can take its id while it is remembered.
+        self._written: OrderedDict[tuple[int, Series], tuple[object, bytes]] = OrderedDict()
+        self._values = msgspec.json.Encoder()
+
+    def message(
+        self,
+        event: CandleEvent | ChannelEvent,
+        series: Series,
+        market: str,
+        *,
+        subscription_id: str,
+        sequence: int,
+    ) -> tuple[str, str]:
+        """One message of a subscription: its type, and its text."""
+        kind = "gap" if isinstance(event, GapTold) else "realtime_data"
+        head = {"type": kind, "subscription_id": subscription_id, "sequence": sequence}
+        text = orjson.dumps(head)[:-1] + b"," + self._rest(event, series, market)
+        return kind, text.decode()
+
+    def _rest(self, event: CandleEvent | ChannelEvent, series: Series, market: str) -> bytes:
+        key = (id(event), series)
+        known = self._written.get(key)
+        if known is not None:
+            return known[1]
+        rest = orjson.dumps(self._fields(event, series, market))[1:]
+        self._written[key] = (event, rest)
+        if len(self._written) > _ENCODED_EVENTS:
+            self._written.popitem(last=False)
+        return rest
+
+    def _fields(
+        self, event: CandleEvent | ChannelEvent, series: Series, market: str
+    ) -> dict[str, Any]:
+        late: dict[str, Any] = {}
+        data: Any
+        match event:
+            case GapTold():
+                return gap_message(event)
+            case ClosedCandle():
+                channel, data = Channel.CANDLES, closed_out(event.entry)
+                late = {"late": True} if event.late else {}
+            case FormingCandle():
+                channel, data = Channel.CANDLES, forming_out(series, market, event.candle)
+            case TradesTold():
+                channel, data = Channel.TRADES, orjson.Fragment(self._values.encode(event.trades))
+            case TickerTold():
+                channel, data = Channel.TICKER, orjson.Fragment(self._values.encode(event.ticker))
+            case BookTold():
+                channel, data = Channel.ORDER_BOOK, _book_out(event)
+        if channel is Channel.CANDLES:
+            # The book has a channel of its own.
+            del data["order_book"]
+        return {
+            "channel": channel.value,
+            "exchange": series.exchange,
+            "coin": series.coin,
+            "market": market,
+            "interval": series.interval.name,
+            "data": data,
+            **late,
+        }
+
+
+def _book_out(event: BookTold) -> dict[str, Any]:
+    book = event.book
     return {
-        "channel": CANDLES,
-        "exchange": series.exchange,
-        "coin": series.coin,
-        "market": market,
-        "interval": series.interval.name,
-        "data": data,
-        **({"late": True} if late else {}),
+        "timestamp": book.timestamp,
+        "bids": book.bids,
+        "asks": book.asks,
+        "stale": event.stale,
     }
 
 

@@ -29,6 +29,9 @@ from exchange_source.interfaces import (
     IExchangeAPIClient,
     IOrderBookHandle,
     IStreamHandle,
+    OnBookChange,
+    TickerCallback,
+    TradesCallback,
 )
 
 # A feed of live markets that is silent this long is not alive: market ms, and at least real
@@ -52,6 +55,7 @@ OnRefused = Callable[[ExchangeRefused], Awaitable[None]]
 """Told that the exchange refuses a stream; returns when it is worth asking again."""
 
 _Handle = TypeVar("_Handle", bound=IStreamHandle)
+_Update = TypeVar("_Update")
 _Key = TypeVar("_Key", bound=Hashable)
 
 log = structlog.get_logger(__name__)
@@ -76,7 +80,7 @@ class _Tries:
 
 
 class FeedSupervisor:
-    """Keeps the candle streams and order books of one exchange running.
+    """Keeps the streams and order books of one exchange running.
 
     ``on_state`` is told ``reconnecting`` when the feed is lost and ``connected`` when data
     arrives again.
@@ -107,6 +111,7 @@ class FeedSupervisor:
         self._candles: dict[tuple[str, str], list[_Running[IStreamHandle]]] = {}
         self._books: dict[str, list[_Running[IOrderBookHandle]]] = {}
         self._book_times: dict[str, int] = {}
+        self._others: dict[tuple[str, str], list[_Running[IStreamHandle]]] = {}
         self._streams = 0
 
     @property
@@ -155,12 +160,36 @@ class FeedSupervisor:
             on_refused=on_refused,
         )
 
-    async def keep_book(self, market: str, *, on_refused: OnRefused) -> None:
+    async def keep_book(
+        self, market: str, *, on_refused: OnRefused, on_change: OnBookChange | None = None
+    ) -> None:
         """Keep one order book running until cancelled."""
         await self._keep(
-            lambda: self._client.start_order_book_stream(market),
+            lambda: self._client.start_order_book_stream(market, on_change=on_change),
             self._books,
             market,
+            on_refused=on_refused,
+        )
+
+    async def keep_trades(
+        self, market: str, callback: TradesCallback, *, on_refused: OnRefused
+    ) -> None:
+        """Keep one trade stream running until cancelled."""
+        await self._keep(
+            lambda: self._client.start_trade_stream(market, self._heard_before(callback)),
+            self._others,
+            ("trades", market),
+            on_refused=on_refused,
+        )
+
+    async def keep_ticker(
+        self, market: str, callback: TickerCallback, *, on_refused: OnRefused
+    ) -> None:
+        """Keep one ticker stream running until cancelled."""
+        await self._keep(
+            lambda: self._client.start_ticker_stream(market, self._heard_before(callback)),
+            self._others,
+            ("ticker", market),
             on_refused=on_refused,
         )
 
@@ -190,6 +219,15 @@ class FeedSupervisor:
             self._clock.now_ms() - self._last_data_ms > RHYTHM_MS
             and self._clock.monotonic() - self._last_data_real > RHYTHM_REAL_S
         )
+
+    def _heard_before(
+        self, callback: Callable[[_Update], Awaitable[None]]
+    ) -> Callable[[_Update], Awaitable[None]]:
+        async def heard(update: _Update) -> None:
+            self.note_data()
+            await callback(update)
+
+        return heard
 
     def _hear_books(self) -> None:
         books = ((market, self.book(market)) for market in self._books)

@@ -1,13 +1,15 @@
-"""The hub: who is told what, and in which order.
+"""The hub: who is told what of a series, and in which order.
 
-Guarantees, per subscription:
+Guarantees, per subscription to candles:
 
 - Each closed period after its start is told exactly once and in order: its entry, after it was
   stored, or a gap in its place. An unsettled period holds the order for at most 60 s of market
   time; then its gap is told, and what settles there later comes marked ``late``.
 - A correction is told as the same period with a higher revision.
-- Forming candles keep only the newest. What may not be dropped waits in a bounded queue; a reader
-  that lets it fill up gets ``SlowConsumer`` and is gone. No reader ever slows another.
+- Forming candles keep only the newest; the rest waits in the bounded queue of each reader.
+
+Readers of the other channels of a series' market are attached here too: they count as its
+subscribers, hear what changes behind it, and end with it.
 
 Not guaranteed: that a subscriber sees every forming update.
 """
@@ -15,8 +17,6 @@ Not guaranteed: that a subscriber sees every forming update.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,10 +24,10 @@ from collection.interfaces import (
     ClosedCandle,
     FormingCandle,
     GapTold,
-    SlowConsumer,
     StatusTold,
     StreamEvent,
 )
+from collection.subscription import OPEN, Reader, Subscription
 from domain.candle import Candle
 from domain.clock import IClock
 from domain.entry import Entry
@@ -41,134 +41,8 @@ from storage.interfaces import Change, IStorageManager, Stored
 # How long (market ms) an unsettled period may hold back those after it.
 ORDER_PATIENCE_MS: Final = 60_000
 QUEUE_BOUND: Final = 2_000
-# Reasons of gaps that may still close.
-OPEN: Final = (GapReason.PENDING, GapReason.UNREACHABLE)
 # Told gaps older than the newest of these are not announced again when they are filled.
 TOLD_GAPS_BOUND: Final = 20_000
-
-
-class Subscription:
-    """One reader of one series: a bounded queue of what must be told, and the newest forming."""
-
-    def __init__(self, topic: _Topic, bound: int) -> None:
-        self._topic = topic
-        self._bound = bound
-        self._queue: deque[StreamEvent] = deque()
-        self._forming: FormingCandle | None = None
-        self._wakes = asyncio.Event()
-        self._overrun = False
-        self.last_closed = topic.next_open - topic.step
-        """The open of the newest closed period told before this subscription began."""
-        self._ended = False
-        self._resumes_at = 0
-        self._expected: dict[int, GapReason] = {}
-
-    def resume_at(self, period: int, still_open: Mapping[int, GapReason]) -> None:
-        """Begin with ``period``: the reader knows what lies before it.
-
-        Of that it is told corrections, and as late what settles where it was ``still_open``.
-        """
-        self._resumes_at = period
-        self.expect(still_open)
-
-    def expect(self, periods: Mapping[int, GapReason]) -> None:
-        """Periods before this subscription's start whose gap a replay tells: what settles there
-        is told as late."""
-        self._expected.update(periods)
-
-    def no_longer_expect(self, periods: Iterable[int]) -> None:
-        """These were told after all."""
-        for period in periods:
-            self._expected.pop(period, None)
-
-    def is_expected(self, period: int) -> bool:
-        """Whether the period's gap was told in a replay; asking takes it off the list."""
-        return self._expected.pop(period, None) is not None
-
-    def newly_proven(self) -> list[Gap]:
-        """The gaps that a replay told as open and that are proven to have no trades by now."""
-        found = []
-        for period in [period for period, told in self._expected.items() if told in OPEN]:
-            for gap in self._topic.view.gaps(TimeRange(period, period + self._topic.step)):
-                if gap.reason is GapReason.NO_TRADES:
-                    self._expected[period] = gap.reason
-                    found.append(gap)
-        return found
-
-    def _for_reader(self, event: StreamEvent) -> StreamEvent | None:
-        """What the event is to a reader that resumes later than the series does; None for
-        nothing."""
-        if isinstance(event, GapTold):
-            known = event.gap.range.start < self._resumes_at and not event.late
-            return None if known else event
-        if not isinstance(event, ClosedCandle) or event.entry.timestamp >= self._resumes_at:
-            return event
-        was_open = self.is_expected(event.entry.timestamp)
-        if event.late or event.entry.revision > 1:
-            return event
-        return ClosedCandle(event.entry, late=True) if was_open else None
-
-    def offer(self, event: StreamEvent) -> None:
-        """Queue what must be told; a full queue ends the subscription."""
-        told = self._for_reader(event)
-        if self._overrun or told is None:
-            return
-        if len(self._queue) >= self._bound:
-            self._overrun = True
-            self._queue.clear()
-        else:
-            self._queue.append(told)
-            if (
-                isinstance(told, ClosedCandle)
-                and self._forming is not None
-                and self._forming.candle.timestamp <= told.entry.timestamp
-            ):
-                self._forming = None
-        self._wakes.set()
-
-    def offer_forming(self, event: FormingCandle) -> None:
-        """Keep the newest forming candle only."""
-        self._forming = event
-        self._wakes.set()
-
-    async def events(self) -> AsyncIterator[StreamEvent]:
-        """What is told, without end.
-
-        Raises:
-            SlowConsumer: the queue was full.
-            CoinNotAvailable: the series is not collected any more.
-        """
-        while True:
-            if self._overrun:
-                raise SlowConsumer(
-                    f"more than {self._bound} closed candles of {self._topic.series} were waiting "
-                    f"to be read; subscribe again with 'from'"
-                )
-            if self._queue:
-                yield self._queue.popleft()
-            elif self._forming is not None:
-                forming, self._forming = self._forming, None
-                yield forming
-            elif self._ended:
-                raise _not_told(self._topic.series)
-            else:
-                self._wakes.clear()
-                await self._wakes.wait()
-
-    def waiting(self) -> list[StreamEvent]:
-        """Take out what must be told and has not been read yet."""
-        taken = list(self._queue)
-        self._queue.clear()
-        return taken
-
-    def end(self) -> None:
-        """Tell what waits, and then that there is nothing more."""
-        self._ended = True
-        self._wakes.set()
-
-    def close(self) -> None:
-        """Leave; idempotent."""
-        self._topic.subscriptions.discard(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -179,6 +53,8 @@ class _Topic:
     next_open: int
     opened_at: int
     subscriptions: set[Subscription] = field(default_factory=set)
+    # Those of other channels.
+    others: set[Reader] = field(default_factory=set)
     fresh: dict[int, Entry] = field(default_factory=dict)
     told_gaps: dict[int, GapReason] = field(default_factory=dict)
     forming: Candle | None = None
@@ -192,6 +68,15 @@ class _Topic:
     @property
     def step(self) -> int:
         return self.series.interval.milliseconds
+
+    @property
+    def readers(self) -> list[Reader]:
+        return [*self.subscriptions, *self.others]
+
+    def leave(self, reader: Reader) -> None:
+        self.others.discard(reader)
+        if isinstance(reader, Subscription):
+            self.subscriptions.discard(reader)
 
     def patience_ends(self, period: int) -> int:
         """Until when (market ms) an open period may hold the order; a series that was just opened
@@ -225,13 +110,13 @@ class Hub:
     def close(self, series: Series) -> None:
         """Stop telling a series; its subscriptions end with ``CoinNotAvailable``."""
         topic = self._topics.pop(series, None)
-        for subscription in topic.subscriptions if topic is not None else ():
-            subscription.end()
+        for reader in topic.readers if topic is not None else ():
+            reader.end(_not_told(series))
 
     def subscriber_count(self, series: Series) -> int:
         """How many read the series."""
         topic = self._topics.get(series)
-        return len(topic.subscriptions) if topic is not None else 0
+        return len(topic.readers) if topic is not None else 0
 
     def forming(self, series: Series) -> tuple[Candle, int] | None:
         """The newest forming candle of a series that is told, and when (market ms) it came."""
@@ -246,17 +131,25 @@ class Hub:
         Raises:
             CoinNotAvailable: the series is not told.
         """
-        topic = self._topics.get(series)
-        if topic is None:
-            raise _not_told(series)
-        subscription = Subscription(topic, self._queue_bound)
+        topic = self._told(series)
+        subscription = Subscription(topic.view, topic.next_open, self._queue_bound, topic.leave)
         topic.subscriptions.add(subscription)
-        for trouble in self._troubles.values():
-            if trouble.exchange in (None, series.exchange):
-                subscription.offer(trouble)
+        self._tell_troubles(series, subscription)
         if topic.forming is not None and topic.forming.timestamp >= topic.next_open:
-            subscription.offer_forming(FormingCandle(topic.forming))
+            subscription.offer_newest(FormingCandle(topic.forming))
         return subscription
+
+    def attach(self, series: Series, of: str, *, bound: int) -> Reader:
+        """A reader of another channel of the series' market, which somebody else serves.
+
+        Raises:
+            CoinNotAvailable: the series is not told.
+        """
+        topic = self._told(series)
+        reader = Reader(of, bound, topic.leave)
+        topic.others.add(reader)
+        self._tell_troubles(series, reader)
+        return reader
 
     def publish_forming(self, series: Series, candle: Candle) -> None:
         """Tell a candle whose period is not over."""
@@ -268,7 +161,7 @@ class Hub:
         topic.forming, topic.forming_at = candle, self._clock.now_ms()
         event = FormingCandle(candle)
         for subscription in topic.subscriptions:
-            subscription.offer_forming(event)
+            subscription.offer_newest(event)
 
     def publish_stored(self, stored: Stored) -> None:
         """Take a stored entry: one that is due is told in its turn, a correction or what settles
@@ -310,7 +203,19 @@ class Hub:
             self._troubles[key] = status
         for topic in self._topics.values():
             if status.exchange in (None, topic.series.exchange):
-                self._tell(topic, status)
+                for reader in topic.readers:
+                    reader.offer(status)
+
+    def _told(self, series: Series) -> _Topic:
+        topic = self._topics.get(series)
+        if topic is None:
+            raise _not_told(series)
+        return topic
+
+    def _tell_troubles(self, series: Series, reader: Reader) -> None:
+        for trouble in self._troubles.values():
+            if trouble.exchange in (None, series.exchange):
+                reader.offer(trouble)
 
     async def _advance(self, topic: _Topic) -> None:
         step, now = topic.step, self._clock.now_ms()

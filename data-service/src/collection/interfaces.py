@@ -11,13 +11,25 @@ from typing import Literal
 from domain.candle import Candle
 from domain.entry import Entry
 from domain.gap import Gap
+from domain.order_book import OrderBook
 from domain.series import Series
+from domain.ticker import Ticker
+from domain.trade import Trade
 from errors import DataServiceError
 from target_management.interfaces import SERVICE, Target
 
 
 class SlowConsumer(DataServiceError):
     """A subscriber reads slower than what may not be dropped arrives."""
+
+
+class Channel(StrEnum):
+    """What of a coin's market a subscriber is told."""
+
+    CANDLES = "candles"
+    TRADES = "trades"
+    TICKER = "ticker"
+    ORDER_BOOK = "order_book"
 
 
 class TargetState(StrEnum):
@@ -73,11 +85,13 @@ class Availability:
 
 @dataclass(frozen=True, slots=True)
 class SubscriptionStarted:
-    """Always the first event. The first closed candle told is the one after ``last_closed``."""
+    """Always the first event. The first closed candle told is the one after ``last_closed``, which
+    is None where no candles are told."""
 
     series: Series
     market: str
     last_closed: int | None
+    channel: Channel = Channel.CANDLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,29 @@ class GapTold:
 
 
 @dataclass(frozen=True, slots=True)
+class TradesTold:
+    """Trades in the order of their arrival, each once."""
+
+    trades: tuple[Trade, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TickerTold:
+    """The newest ticker; it replaces one that was not sent yet."""
+
+    ticker: Ticker
+
+
+@dataclass(frozen=True, slots=True)
+class BookTold:
+    """The top of the live book; it replaces one that was not sent yet. ``stale`` when it is older
+    than the rhythm of its feed, or its feed is lost."""
+
+    book: OrderBook
+    stale: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StatusTold:
     """What stands behind the subscription changed. ``since`` is market ms."""
 
@@ -113,7 +150,9 @@ class StatusTold:
     exchange: str | None = None
 
 
-StreamEvent = SubscriptionStarted | FormingCandle | ClosedCandle | GapTold | StatusTold
+CandleEvent = FormingCandle | ClosedCandle | GapTold
+ChannelEvent = TradesTold | TickerTold | BookTold
+StreamEvent = SubscriptionStarted | CandleEvent | ChannelEvent | StatusTold
 
 
 class IDataCollectionManager(ABC):
@@ -180,16 +219,21 @@ class IDataCollectionManager(ABC):
         *,
         exchange: str | None = None,
         interval: str = "5m",
+        channel: Channel = Channel.CANDLES,
         from_ms: int | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
         """The events of one subscriber to a collected coin, without end.
 
-        The first is ``SubscriptionStarted``. Then each closed period exactly once and in order:
-        its ``ClosedCandle`` after it was stored, or a ``GapTold`` in its place; corrections as the
-        same period with a higher revision. With ``from_ms`` the closed candles from that time on
-        come first, without gap or repeat at the seam. The iterator must be closed (``aclose``).
+        The first is ``SubscriptionStarted``. Then, of candles, each closed period exactly once and
+        in order: its ``ClosedCandle`` after it was stored, or a ``GapTold`` in its place;
+        corrections as the same period with a higher revision. With ``from_ms`` the closed candles
+        from that time on come first, without gap or repeat at the seam. Of the other channels of
+        its market: each trade that arrives, the newest ticker, the newest top of the book. The
+        iterator must be closed (``aclose``).
 
         Raises:
+            InvalidRequest: ``from_ms`` of another channel than candles.
+            ExchangeRefused: the exchange does not tell this channel of the market.
             CoinNotAvailable: the coin is not collected.
             SlowConsumer: the reader fell too far behind; the subscription is over.
         """

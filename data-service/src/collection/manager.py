@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Final
@@ -13,12 +13,14 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from collection.channels import MarketChannels
 from collection.collection_list import CoinCollectionList
 from collection.feed import FeedState, FeedSupervisor
-from collection.hub import Hub, Subscription
+from collection.hub import Hub
 from collection.interfaces import (
     AddCoinResult,
     Availability,
+    Channel,
     ClosedCandle,
     GapTold,
     IDataCollectionManager,
@@ -31,6 +33,7 @@ from collection.interfaces import (
 )
 from collection.keeper import SeriesKeeper
 from collection.processor import RealTimeProcessor
+from collection.subscription import Subscription
 from domain.clock import IClock
 from domain.gap import Gap, GapReason, joined
 from domain.interval import Interval
@@ -118,6 +121,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             )
             for name in connector.exchange_names
         }
+        self._channels = MarketChannels(self._feeds, hub, clock)
 
     # -- the lifespan -----------------------------------------------------------------------
 
@@ -137,13 +141,14 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         await self._stop(list(self._kept))
 
     async def run(self) -> None:
-        """Watch the feeds until cancelled; then stop every keeper."""
+        """Watch the feeds until cancelled; then stop every keeper and channel."""
         try:
             async with asyncio.TaskGroup() as group:
                 for feed in self._feeds.values():
                     group.create_task(feed.watch())
         finally:
             await self._stop(list(self._kept))
+            await self._channels.close()
 
     # -- what is collected ------------------------------------------------------------------
 
@@ -266,9 +271,12 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         *,
         exchange: str | None = None,
         interval: str = "5m",
+        channel: Channel = Channel.CANDLES,
         from_ms: int | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
         self._refuse_standing_by()
+        if from_ms is not None and channel is not Channel.CANDLES:
+            raise InvalidRequest(f"from takes a time for candles only; {channel} begin with now")
         keeper = self._keeper(self._coin(coin), self._exchange(exchange), interval)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
@@ -278,6 +286,32 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                 f"{keeper.series} is still starting: storage does not say what it holds",
                 retry_after=OPEN_TIMEOUT_S,
             ) from None
+        events = (
+            self._candle_events(keeper, from_ms)
+            if channel is Channel.CANDLES
+            else self._channel_events(keeper, channel)
+        )
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+        finally:
+            await self._drop_if_left(keeper)
+
+    async def _channel_events(
+        self, keeper: SeriesKeeper, channel: Channel
+    ) -> AsyncGenerator[StreamEvent, None]:
+        reader = self._channels.subscribe(keeper.series, keeper.target.market, channel)
+        try:
+            yield SubscriptionStarted(keeper.series, keeper.target.market, None, channel)
+            async for event in reader.events():
+                yield event
+        finally:
+            await self._channels.leave(reader)
+
+    async def _candle_events(
+        self, keeper: SeriesKeeper, from_ms: int | None
+    ) -> AsyncGenerator[StreamEvent, None]:
         subscription = self._hub.subscribe(keeper.series)
         if from_ms is not None:
             self._begin_at(keeper, subscription, from_ms)
@@ -290,7 +324,6 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
                 yield event
         finally:
             subscription.close()
-            await self._drop_if_left(keeper)
 
     @staticmethod
     def _begin_at(keeper: SeriesKeeper, subscription: Subscription, from_ms: int) -> None:

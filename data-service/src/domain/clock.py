@@ -24,6 +24,11 @@ class IClock(ABC):
     ``sleep_until`` returns at once for a moment that has passed, and never returns early.
     """
 
+    @property
+    @abstractmethod
+    def speed(self) -> float:
+        """How many seconds of market time pass in a real one."""
+
     @abstractmethod
     def now_ms(self) -> int:
         """Market time in ms since the epoch, UTC."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 from domain.candle import Candle, CandleUpdate
 from domain.order_book import BOOK_DEPTH, OrderBook
+from domain.ticker import Ticker
 from domain.time_range import TimeRange
+from domain.trade import Trade
 from errors import DataServiceError
 
 
@@ -68,6 +70,11 @@ class HistoricalData:
 
 
 UpdateCallback = Callable[[CandleUpdate], Awaitable[None]]
+TradesCallback = Callable[[Sequence[Trade]], Awaitable[None]]
+TickerCallback = Callable[[Ticker], Awaitable[None]]
+OnBookChange = Callable[[], None]
+"""Told that a snapshot of the book would differ from the one before, or that there is none any
+more; it must be quick."""
 
 
 class IStreamHandle(ABC):
@@ -169,8 +176,27 @@ class IExchangeAPIClient(ABC):
         """
 
     @abstractmethod
-    async def start_order_book_stream(self, market: str) -> IOrderBookHandle:
-        """Keep the market's live book."""
+    async def start_trade_stream(self, market: str, callback: TradesCallback) -> IStreamHandle:
+        """Await ``callback`` with the trades of the market as they come, in order of arrival.
+
+        While a stream runs none is left out, and none is told twice; a new stream may begin with
+        the last few that there were. Otherwise as ``start_realtime_stream``.
+        """
+
+    @abstractmethod
+    async def start_ticker_stream(self, market: str, callback: TickerCallback) -> IStreamHandle:
+        """Await ``callback`` with the market's ticker; one that a newer replaced meanwhile is left
+        out. Otherwise as ``start_realtime_stream``."""
+
+    @abstractmethod
+    async def start_order_book_stream(
+        self, market: str, *, on_change: OnBookChange | None = None
+    ) -> IOrderBookHandle:
+        """Keep the market's live book.
+
+        A break in its chain of updates, a failed check sum, or a book that cannot be ends the
+        stream: what follows begins with a fresh snapshot.
+        """
 
     @abstractmethod
     async def reset_connections(self) -> None:

@@ -23,6 +23,7 @@ from auth.module import AuthenticationModuleImpl, issue_token
 from collection.interfaces import (
     AddCoinResult,
     Availability,
+    Channel,
     ClosedCandle,
     FormingCandle,
     IDataCollectionManager,
@@ -225,6 +226,7 @@ class FakeCollection(IDataCollectionManager):
         *,
         exchange: str | None = None,
         interval: str = "5m",
+        channel: Channel = Channel.CANDLES,
         from_ms: int | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
         self._called(
@@ -232,6 +234,7 @@ class FakeCollection(IDataCollectionManager):
             coin=coin,
             exchange=exchange,
             interval=interval,
+            channel=channel,
             from_ms=from_ms,
         )
         if self.stream_fails_with is not None:
@@ -243,7 +246,12 @@ class FakeCollection(IDataCollectionManager):
         self.subscriptions.append(subscription)
         self.opened.put_nowait(subscription)
         try:
-            yield SubscriptionStarted(status.target.series, status.target.market, self.last_closed)
+            yield SubscriptionStarted(
+                status.target.series,
+                status.target.market,
+                self.last_closed if channel is Channel.CANDLES else None,
+                channel,
+            )
             while True:
                 event = await subscription.events.get()
                 if isinstance(event, DataServiceError):

@@ -21,6 +21,10 @@ class ManualClock(IClock):
         self._sleepers: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = itertools.count()
 
+    @property
+    def speed(self) -> float:
+        return 1.0
+
     def now_ms(self) -> int:
         return self._now
 

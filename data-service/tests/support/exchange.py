@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from domain.candle import Candle, CandleUpdate
 from domain.clock import IClock
 from domain.interval import Interval
 from domain.order_book import BOOK_DEPTH, OrderBook
+from domain.ticker import Ticker
 from domain.time_range import RangeSet, TimeRange
+from domain.trade import Trade
 from errors import InvalidRequest
 from exchange_source.interfaces import (
     ExchangeError,
@@ -21,7 +24,10 @@ from exchange_source.interfaces import (
     IExchangeAPIClient,
     IOrderBookHandle,
     IStreamHandle,
+    OnBookChange,
     Priority,
+    TickerCallback,
+    TradesCallback,
     UpdateCallback,
 )
 
@@ -37,13 +43,23 @@ class Asked:
 
 
 class FakeStream(IOrderBookHandle):
-    """A stream that ends when it is stopped, or when the test says with what."""
+    """A stream that ends when it is stopped, or when the test says with what. ``method`` is what
+    started it; ``interval`` is empty but for candles."""
 
     def __init__(
-        self, exchange: FakeExchange, market: str, interval: str, callback: UpdateCallback | None
+        self,
+        exchange: FakeExchange,
+        method: str,
+        market: str,
+        interval: str = "",
+        *,
+        callback: Callable[[Any], Awaitable[None]] | None = None,
+        on_change: OnBookChange | None = None,
     ) -> None:
+        self.method = method
         self.market = market
         self.interval = interval
+        self.on_change = on_change
         self._exchange = exchange
         self._callback = callback
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -54,7 +70,7 @@ class FakeStream(IOrderBookHandle):
     def running(self) -> bool:
         return not self._ended.done()
 
-    async def deliver(self, update: CandleUpdate) -> None:
+    async def deliver(self, update: Any) -> None:
         """Await the callback; its failure ends the stream, as with a real one."""
         assert self._callback is not None
         try:
@@ -70,6 +86,8 @@ class FakeStream(IOrderBookHandle):
             self._ended.set_result(None)
         else:
             self._ended.set_exception(error)
+        if self.on_change is not None:
+            self.on_change()
 
     async def wait(self) -> None:
         await asyncio.shield(self._ended)
@@ -133,6 +151,26 @@ class FakeExchange(IExchangeAPIClient):
             if (stream.market, stream.interval) == (update.market, update.interval) and (
                 stream.running
             ):
+                await stream.deliver(update)
+
+    async def push_trades(self, market: str, *trades: Trade) -> None:
+        """Hand trades to every running trade stream of the market."""
+        await self._push("start_trade_stream", market, trades)
+
+    async def push_ticker(self, market: str, ticker: Ticker) -> None:
+        """Hand a ticker to every running ticker stream of the market."""
+        await self._push("start_ticker_stream", market, ticker)
+
+    def change_book(self, book: OrderBook) -> None:
+        """Have another book, and tell those that keep it."""
+        self.book = book
+        for stream in list(self.streams):
+            if stream.running and stream.on_change is not None:
+                stream.on_change()
+
+    async def _push(self, method: str, market: str, update: Any) -> None:
+        for stream in list(self.streams):
+            if (stream.method, stream.market) == (method, market) and stream.running:
                 await stream.deliver(update)
 
     def end_streams(self, error: Exception | None = None) -> None:
@@ -212,10 +250,18 @@ class FakeExchange(IExchangeAPIClient):
     async def start_realtime_stream(
         self, market: str, interval: str, callback: UpdateCallback
     ) -> IStreamHandle:
-        return self._start("start_realtime_stream", market, interval, callback)
+        return self._start("start_realtime_stream", market, interval, callback=callback)
 
-    async def start_order_book_stream(self, market: str) -> IOrderBookHandle:
-        return self._start("start_order_book_stream", market, "", None)
+    async def start_trade_stream(self, market: str, callback: TradesCallback) -> IStreamHandle:
+        return self._start("start_trade_stream", market, callback=callback)
+
+    async def start_ticker_stream(self, market: str, callback: TickerCallback) -> IStreamHandle:
+        return self._start("start_ticker_stream", market, callback=callback)
+
+    async def start_order_book_stream(
+        self, market: str, *, on_change: OnBookChange | None = None
+    ) -> IOrderBookHandle:
+        return self._start("start_order_book_stream", market, on_change=on_change)
 
     async def reset_connections(self) -> None:
         self.requests["reset_connections"] += 1
@@ -225,13 +271,11 @@ class FakeExchange(IExchangeAPIClient):
         self.closed = True
         self.end_streams()
 
-    def _start(
-        self, method: str, market: str, interval: str, callback: UpdateCallback | None
-    ) -> FakeStream:
+    def _start(self, method: str, market: str, interval: str = "", **kwargs: Any) -> FakeStream:
         self.requests[method] += 1
         if self.closed:
             raise ExchangeUnavailable(f"{self.name} is closed")
-        stream = FakeStream(self, market, interval, callback)
+        stream = FakeStream(self, method, market, interval, **kwargs)
         self.streams.append(stream)
         if self.fail_with is not None:
             stream.end(self.fail_with)

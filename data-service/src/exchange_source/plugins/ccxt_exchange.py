@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Final, Self, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeVar, cast
 
 import ccxt.pro
 
@@ -26,7 +26,10 @@ from exchange_source.interfaces import (
     IExchangeAPIClient,
     IOrderBookHandle,
     IStreamHandle,
+    OnBookChange,
     Priority,
+    TickerCallback,
+    TradesCallback,
     UpdateCallback,
 )
 from exchange_source.limiter import RequestLimiter
@@ -37,10 +40,11 @@ from exchange_source.plugins.ccxt_feeds import (
     OrderBookFeed,
     OrderBookStream,
     Stream,
-    to_candle,
-    to_order_book,
+    TickerFeed,
+    TradeFeed,
 )
 from exchange_source.plugins.ccxt_guards import ANSWER, Answer, VendorGuards, guarded, redirect_urls
+from exchange_source.plugins.ccxt_values import to_candle, to_order_book
 from exchange_source.proof import PageProof
 
 # Real seconds: how old the list of markets may be before it is asked for again, for a coin that
@@ -56,6 +60,10 @@ _LONGEST_PENALTY_S: Final = 3600.0
 _FUTURE_MS: Final = 86_400_000
 
 _T = TypeVar("_T")
+_F = TypeVar("_F", bound=Feed)
+_S = TypeVar("_S", bound=Stream)
+_Topic = tuple[str, str, str]
+"""What is told, of which market, and in which interval; that is empty where there is none."""
 
 
 class CCXTExchangeClient(IExchangeAPIClient):
@@ -112,9 +120,8 @@ class CCXTExchangeClient(IExchangeAPIClient):
         self._loaded_at: float | None = None
         self._doubted = False
         self._loading = asyncio.Lock()
-        self._candle_feeds: dict[tuple[str, str], CandleFeed] = {}
-        self._book_feeds: dict[str, OrderBookFeed] = {}
-        self._turns: dict[tuple[str, str], asyncio.Lock] = {}
+        self._feeds: dict[_Topic, Feed] = {}
+        self._turns: dict[_Topic, asyncio.Lock] = {}
         self._closed = False
 
     @classmethod
@@ -233,24 +240,34 @@ class CCXTExchangeClient(IExchangeAPIClient):
     ) -> IStreamHandle:
         self._check_open()
         period = self._interval(interval)
-        topic = (market, interval)
-        feed = self._candle_feeds.get(topic)
-        if feed is None:
-            feed = CandleFeed(self, market, period, turn=self._turn(topic), forget=self._forget)
-            self._candle_feeds[topic] = feed
-        stream = Stream(feed, callback)
-        feed.join(stream)
-        return stream
+        feed = self._feed(
+            ("candles", market, interval),
+            lambda **kwargs: CandleFeed(self, market, period, **kwargs),
+        )
+        return _joined(Stream(feed, callback), feed)
 
-    async def start_order_book_stream(self, market: str) -> IOrderBookHandle:
+    async def start_trade_stream(self, market: str, callback: TradesCallback) -> IStreamHandle:
         self._check_open()
-        feed = self._book_feeds.get(market)
-        if feed is None:
-            feed = OrderBookFeed(self, market, turn=self._turn((market, "")), forget=self._forget)
-            self._book_feeds[market] = feed
-        stream = OrderBookStream(feed)
-        feed.join(stream)
-        return stream
+        feed = self._feed(
+            ("trades", market, ""), lambda **kwargs: TradeFeed(self, market, **kwargs)
+        )
+        return _joined(Stream(feed, callback), feed)
+
+    async def start_ticker_stream(self, market: str, callback: TickerCallback) -> IStreamHandle:
+        self._check_open()
+        feed = self._feed(
+            ("ticker", market, ""), lambda **kwargs: TickerFeed(self, market, **kwargs)
+        )
+        return _joined(Stream(feed, callback), feed)
+
+    async def start_order_book_stream(
+        self, market: str, *, on_change: OnBookChange | None = None
+    ) -> IOrderBookHandle:
+        self._check_open()
+        feed = self._feed(
+            ("order_book", market, ""), lambda **kwargs: OrderBookFeed(self, market, **kwargs)
+        )
+        return _joined(OrderBookStream(feed, on_change), feed)
 
     async def reset_connections(self) -> None:
         self._fail_sockets(ExchangeUnavailable(f"{self.exchange_name}: connections were reset"))
@@ -259,7 +276,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
         if self._closed:
             return
         self._closed = True
-        feeds: list[Feed] = [*self._candle_feeds.values(), *self._book_feeds.values()]
+        feeds = list(self._feeds.values())
         for feed in feeds:
             feed.end_streams(None)
         self._fail_sockets(self._closed_error())
@@ -406,12 +423,16 @@ class CCXTExchangeClient(IExchangeAPIClient):
             )
         return Interval.parse(name)
 
-    def _turn(self, topic: tuple[str, str]) -> asyncio.Lock:
-        return self._turns.setdefault(topic, asyncio.Lock())
+    def _feed(self, topic: _Topic, make: Callable[..., _F]) -> _F:
+        """The feed of a topic that may be joined: the one that runs, or a new one."""
+        feed = self._feeds.get(topic)
+        if feed is None:
+            turn = self._turns.setdefault(topic, asyncio.Lock())
+            feed = self._feeds[topic] = make(turn=turn, forget=self._forget)
+        return cast("_F", feed)
 
     def _forget(self, feed: Feed) -> None:
-        self._candle_feeds = {k: v for k, v in self._candle_feeds.items() if v is not feed}
-        self._book_feeds = {k: v for k, v in self._book_feeds.items() if v is not feed}
+        self._feeds = {topic: known for topic, known in self._feeds.items() if known is not feed}
 
     def _fail_sockets(self, error: ExchangeUnavailable) -> None:
         for socket in list(self.vendor.clients.values()):
@@ -423,3 +444,8 @@ class CCXTExchangeClient(IExchangeAPIClient):
 
     def _closed_error(self) -> ExchangeUnavailable:
         return ExchangeUnavailable(f"{self.exchange_name} is closed")
+
+
+def _joined(stream: _S, feed: Feed) -> _S:
+    feed.join(stream)
+    return stream

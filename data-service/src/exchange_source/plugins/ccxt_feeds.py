@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol
 
-from domain.candle import Candle, CandleUpdate
+from domain.candle import CandleUpdate
 from domain.interval import Interval
 from domain.order_book import BOOK_DEPTH, OrderBook
-from errors import InvalidEntry
 from exchange_source.interfaces import (
     BadExchangeAnswer,
     ExchangeError,
@@ -23,16 +22,21 @@ from exchange_source.interfaces import (
     ExchangeUnavailable,
     IOrderBookHandle,
     IStreamHandle,
-    UpdateCallback,
+    OnBookChange,
 )
 from exchange_source.plugins.ccxt_errors import FAILURES, TRANSLATED, translate
 from exchange_source.plugins.ccxt_guards import SUBSCRIBER, Subscriber
+from exchange_source.plugins.ccxt_values import to_candle, to_order_book, to_ticker, to_trade
 
 # The first message of a subscription may hold hours of candles; the forming one and the one that
 # just closed are what a live feed is about.
 _RECENT_ROWS: Final = 2
 # Real seconds that an exchange gets to confirm an unsubscription that nobody depends on.
 _UNSUBSCRIBE_TIMEOUT_S: Final = 2.0
+# Trades that may wait to be handed on, minutes of the busiest market there is.
+_MOST_ARRIVALS: Final = 100_000
+
+Callback = Callable[[Any], Awaitable[None]]
 
 
 class IFeedSource(Protocol):
@@ -52,7 +56,7 @@ class IFeedSource(Protocol):
 class Stream(IStreamHandle):
     """One reader of a feed."""
 
-    def __init__(self, feed: Feed, callback: UpdateCallback | None = None) -> None:
+    def __init__(self, feed: Feed, callback: Callback | None = None) -> None:
         self.callback = callback
         self._feed = feed
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -216,7 +220,12 @@ class Feed(ABC):
         for stream in streams:
             stream.end(error)
 
-    async def _deliver(self, stream: Stream, update: CandleUpdate) -> None:
+    async def _deliver(self, update: Any) -> None:
+        """Hand an update to every stream."""
+        for stream in list(self.streams):
+            await self._deliver_to(stream, update)
+
+    async def _deliver_to(self, stream: Stream, update: Any) -> None:
         """Await the stream's callback; a callback that fails ends its stream with that error."""
         if stream.callback is None or not stream.running:
             return
@@ -246,8 +255,7 @@ class CandleFeed(Feed):
         updates = self._copied(news)
         while updates and self.streams:
             for update in updates:
-                for stream in list(self.streams):
-                    await self._deliver(stream, update)
+                await self._deliver(update)
             # What came while the callbacks ran waits in ccxt's cache, and would until more comes.
             cached = self._source.vendor.ohlcvs.get(self._market, {}).get(self._interval.name, [])
             seen = updates
@@ -271,6 +279,62 @@ class CandleFeed(Feed):
         ]
 
 
+class _Arrivals(list[Any]):
+    """Stands where ccxt would keep a market's last thousand trades: those that were not handed on
+    yet, so that a burst pushes none out unread."""
+
+    def append(self, trade: Any) -> None:
+        if len(self) >= _MOST_ARRIVALS:
+            raise OverflowError(f"more than {_MOST_ARRIVALS} trades were not handed on")
+        super().append(trade)
+
+    def getLimit(self, _symbol: str | None, limit: int | None) -> int | None:  # noqa: N802  ccxt's
+        return limit
+
+    def take(self) -> list[Any]:
+        taken = list(self)
+        self.clear()
+        return taken
+
+
+class TradeFeed(Feed):
+    """The trades of one market."""
+
+    def __init__(self, source: IFeedSource, market: str, **kwargs: Any) -> None:
+        super().__init__(source, market, **kwargs)
+        self._arrivals = _Arrivals()
+
+    async def _watch(self) -> Any:
+        # Each time, for unsubscribing clears ccxt's caches away.
+        self._source.vendor.trades[self._market] = self._arrivals
+        return await self._source.vendor.watch_trades(self._market)
+
+    async def _unwatch(self) -> None:
+        await self._source.vendor.un_watch_trades(self._market)
+
+    async def _take(self, news: Any) -> None:  # noqa: ARG002  they arrived where they are kept
+        name = self._source.get_exchange_name()
+        while self.streams and (arrived := self._arrivals.take()):
+            await self._deliver(tuple(to_trade(trade, name) for trade in arrived))
+
+
+class TickerFeed(Feed):
+    """The ticker of one market."""
+
+    async def _watch(self) -> Any:
+        return await self._source.vendor.watch_ticker(self._market)
+
+    async def _unwatch(self) -> None:
+        await self._source.vendor.un_watch_ticker(self._market)
+
+    async def _take(self, news: Any) -> None:
+        taken = None
+        while self.streams and news is not taken:
+            await self._deliver(to_ticker(news, self._source.get_exchange_name()))
+            # What came while the callbacks ran would wait for the next one.
+            taken, news = news, self._source.vendor.tickers.get(self._market, news)
+
+
 class OrderBookFeed(Feed):
     """The live book of one market."""
 
@@ -289,6 +353,7 @@ class OrderBookFeed(Feed):
     async def _take(self, news: Any) -> None:
         to_order_book(news, 1, self._source.get_exchange_name())
         self._live = news
+        self._tell_change(self.streams)
 
     def snapshot(self, depth: int) -> OrderBook | None:
         """The top of the book now, or None; an impossible book also ends the streams."""
@@ -306,64 +371,24 @@ class OrderBookFeed(Feed):
 
     def end_streams(self, error: BaseException | None) -> None:
         self._live = None
+        ended = list(self.streams)
         super().end_streams(error)
+        self._tell_change(ended)
+
+    @staticmethod
+    def _tell_change(streams: Sequence[Stream]) -> None:
+        for stream in streams:
+            if isinstance(stream, OrderBookStream) and stream.on_change is not None:
+                stream.on_change()
 
 
 class OrderBookStream(Stream, IOrderBookHandle):
     """One reader of a live book."""
 
-    def __init__(self, feed: OrderBookFeed) -> None:
+    def __init__(self, feed: OrderBookFeed, on_change: OnBookChange | None = None) -> None:
         super().__init__(feed)
+        self.on_change = on_change
         self._book = feed
 
     def snapshot(self, depth: int = BOOK_DEPTH) -> OrderBook | None:
         return self._book.snapshot(depth) if self.running else None
-
-
-def to_candle(row: Any, interval: Interval, exchange: str) -> Candle:
-    """One row ``[ms, open, high, low, close, volume]`` as a value.
-
-    Raises:
-        BadExchangeAnswer: the row is no candle of the interval.
-    """
-    try:
-        timestamp, *values = row
-        open_, high, low, close, volume = (float(value) for value in values)
-        candle = Candle(_integer(timestamp), open_, high, low, close, volume)
-    except (TypeError, ValueError, InvalidEntry) as exc:
-        raise BadExchangeAnswer(f"{exchange}: no candle: {row!r:.200} ({exc})") from exc
-    if not interval.is_aligned(candle.timestamp):
-        raise BadExchangeAnswer(f"{exchange}: {candle.timestamp} opens no {interval} period")
-    return candle
-
-
-def to_order_book(book: Any, depth: int, exchange: str) -> OrderBook:
-    """ccxt's book as a value: its best ``depth`` levels, without empty ones.
-
-    Raises:
-        BadExchangeAnswer: it has no time, is not sorted, or bids and asks cross.
-    """
-    try:
-        return OrderBook(
-            timestamp=_integer(book["timestamp"]),
-            bids=_levels(book["bids"], depth),
-            asks=_levels(book["asks"], depth),
-        )
-    except (TypeError, ValueError, KeyError, IndexError, InvalidEntry) as exc:
-        raise BadExchangeAnswer(f"{exchange}: no order book: {exc}") from exc
-
-
-def _levels(side: Any, depth: int) -> tuple[tuple[float, float], ...]:
-    found: list[tuple[float, float]] = []
-    for level in side:
-        if len(found) == depth:
-            break
-        if level[1]:
-            found.append((float(level[0]), float(level[1])))
-    return tuple(found)
-
-
-def _integer(value: Any) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{value!r} is no time in ms")
-    return value

@@ -13,7 +13,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
-from collection.interfaces import FormingCandle, GapTold, SlowConsumer, StatusTold
+from collection.interfaces import Channel, FormingCandle, GapTold, SlowConsumer, StatusTold
 from domain.gap import Gap, GapReason
 from domain.time_range import TimeRange
 from errors import CoinNotAvailable, NoData
@@ -64,9 +64,9 @@ INVALID: list[tuple[str | bytes, str, str]] = [
         "interval '7m' does not exist",
     ),
     (
-        '{"type": "subscribe_realtime", "coin": "BTC", "channel": "trades"}',
+        '{"type": "subscribe_realtime", "coin": "BTC", "channel": "news"}',
         "invalid_request",
-        "channel takes candles",
+        "channel takes one of candles, trades, ticker, order_book; got 'news'",
     ),
     (
         '{"type": "request_historical", "coin": "BTC", "start": 5, "end": 5}',
@@ -167,7 +167,13 @@ class TestSubscribe:
             ("add_coin", {"coin": "BTC", "exchange": None, "interval": "5m", "since": None}),
             (
                 "stream_realtime_data",
-                {"coin": "BTC", "exchange": "crypto.com", "interval": "5m", "from_ms": None},
+                {
+                    "coin": "BTC",
+                    "exchange": "crypto.com",
+                    "interval": "5m",
+                    "channel": Channel.CANDLES,
+                    "from_ms": None,
+                },
             ),
         ]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from collection.hub import Hub, Subscription
+from collection.hub import Hub
 from collection.interfaces import (
     ClosedCandle,
     FormingCandle,
@@ -16,6 +16,7 @@ from collection.interfaces import (
     StatusTold,
     StreamEvent,
 )
+from collection.subscription import Subscription
 from domain.entry import Entry
 from domain.gap import Gap, GapReason
 from domain.time_range import TimeRange
