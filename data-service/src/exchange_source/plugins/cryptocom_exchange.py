@@ -6,6 +6,7 @@ Candles: 300 in an answer; about 14 days of the short intervals. One socket carr
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from ccxt.base.errors import BaseError
@@ -56,6 +57,13 @@ class CryptocomGuards(VendorGuards):
         result = message.get("result") if isinstance(message, dict) else None
         channel = result.get("subscription") if isinstance(result, dict) else None
         return [self._message_hash(channel)] if isinstance(channel, str) else []
+
+    def parse_ws_ticker(self, ticker: Any, market: Any = None) -> Any:
+        parsed = super().parse_ws_ticker(ticker, market)
+        # A fraction here (0.01 is one per cent), which ccxt takes for a percentage.
+        change = ticker.get("c")
+        parsed["percentage"] = None if change is None else float(Decimal(change) * 100)
+        return parsed
 
     def handle_order_book(self, client: Any, message: Any) -> None:
         super().handle_order_book(client, message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,9 @@ from msgspec.structs import replace
 
 from domain.candle import Candle, CandleUpdate
 from domain.clock import http_date
+from domain.ticker import Ticker
 from domain.time_range import TimeRange
+from domain.trade import Trade
 from errors import InvalidRequest
 from exchange_source.interfaces import (
     BadExchangeAnswer,
@@ -98,6 +100,10 @@ async def history(
     asked = span(first_ago, end_ago)
     async with asyncio.timeout(10):
         return await exchange.fetch_historical_data(market, "1m", asked.start, asked.end)
+
+
+async def swallow(_: Sequence[Trade]) -> None:
+    """A callback that wants no trades."""
 
 
 async def ignore(_: CandleUpdate) -> None:
@@ -898,6 +904,137 @@ class TestCandleStream:
         await exchange.close()
 
 
+def raw_trade(number: int, *, side: str = "BUY", price: str = "100.5") -> dict[str, str | int]:
+    return {"d": str(number), "s": side, "p": price, "q": "0.25", "t": NOW + number, "i": "BTC_USD"}
+
+
+async def send_trades(server: CryptoComServer, *trades: dict[str, str | int]) -> None:
+    await server.send_result(
+        {
+            "instrument_name": "BTC_USD",
+            "subscription": "trade.BTC_USD",
+            "channel": "trade",
+            "data": list(trades),
+        }
+    )
+
+
+class TestTradeStream:
+    @pytest.fixture
+    async def told(self) -> asyncio.Queue[Sequence[Trade]]:
+        return asyncio.Queue()
+
+    async def test_trades_arrive_as_values_in_order(
+        self,
+        exchange: CryptocomExchange,
+        server: CryptoComServer,
+        told: asyncio.Queue[Sequence[Trade]],
+    ) -> None:
+        await exchange.start_trade_stream(BTC, told.put)
+        assert (await server.received("subscribe"))["params"]["channels"] == ["trade.BTC_USD"]
+        await send_trades(server, raw_trade(1), raw_trade(2, side="SELL", price="99"))
+        async with asyncio.timeout(5):
+            trades = await told.get()
+        assert sorted(trades, key=lambda trade: trade.timestamp) == [
+            Trade("1", NOW + 1, 100.5, 0.25, "buy"),
+            Trade("2", NOW + 2, 99.0, 0.25, "sell"),
+        ]
+
+    async def test_a_burst_beyond_what_ccxt_keeps_is_told_whole_and_once(
+        self,
+        exchange: CryptocomExchange,
+        server: CryptoComServer,
+        told: asyncio.Queue[Sequence[Trade]],
+    ) -> None:
+        handle = await exchange.start_trade_stream(BTC, told.put)
+        await server.received("subscribe")
+        for first in range(0, 5_000, 100):
+            await send_trades(server, *map(raw_trade, range(first, first + 100)))
+        got: list[str] = []
+        async with asyncio.timeout(10):
+            while len(got) < 5_000:
+                got += [trade.id for trade in await told.get()]
+        assert sorted(got, key=int) == [str(number) for number in range(5_000)]
+        await handle.stop()
+
+    @pytest.mark.parametrize(
+        "broken", [{"p": "0"}, {"q": None}, {"d": None}, {"s": "HOLD"}, {"t": None}]
+    )
+    async def test_a_trade_that_cannot_be_ends_its_stream_alone(
+        self, exchange: CryptocomExchange, server: CryptoComServer, broken: dict[str, Any]
+    ) -> None:
+        live = await Live().start(exchange, server)
+        handle = await exchange.start_trade_stream(BTC, swallow)
+        await server.received("subscribe")
+        await send_trades(server, raw_trade(1) | broken)
+        with pytest.raises(BadExchangeAnswer):
+            await ended(handle)
+        await server.send_candles(BTC, "1m", candle(0))
+        assert await live.next() == candle(0)
+
+    async def test_after_stopping_a_new_stream_begins_with_its_own_trades(
+        self,
+        exchange: CryptocomExchange,
+        server: CryptoComServer,
+        told: asyncio.Queue[Sequence[Trade]],
+    ) -> None:
+        first = await exchange.start_trade_stream(BTC, told.put)
+        await server.received("subscribe")
+        await send_trades(server, raw_trade(1))
+        async with asyncio.timeout(5):
+            await told.get()
+            await first.stop()
+            await server.received("unsubscribe")
+            await exchange.start_trade_stream(BTC, told.put)
+            await server.received("subscribe")
+            await send_trades(server, raw_trade(2))
+            assert [trade.id for trade in await told.get()] == ["2"]
+
+
+class TestTickerStream:
+    async def test_the_ticker_arrives_as_a_value(
+        self, exchange: CryptocomExchange, server: CryptoComServer
+    ) -> None:
+        told: asyncio.Queue[Ticker] = asyncio.Queue()
+        await exchange.start_ticker_stream(BTC, told.put)
+        assert (await server.received("subscribe"))["params"]["channels"] == ["ticker.BTC_USD"]
+        day = {"h": "110", "l": "90", "a": "100", "c": "0.25", "v": "12.5", "vv": "1250"}
+        await send_ticker(server, day | {"b": "99.5", "bs": "1", "k": "100.5", "ks": "2", "t": NOW})
+        async with asyncio.timeout(5):
+            ticker = await told.get()
+        assert ticker == Ticker(
+            NOW,
+            last=100.0,
+            bid=99.5,
+            ask=100.5,
+            high=110.0,
+            low=90.0,
+            base_volume=12.5,
+            change_percent=25.0,
+        )
+
+    async def test_what_a_quiet_market_does_not_tell_is_none(
+        self, exchange: CryptocomExchange, server: CryptoComServer
+    ) -> None:
+        told: asyncio.Queue[Ticker] = asyncio.Queue()
+        await exchange.start_ticker_stream(BTC, told.put)
+        await server.received("subscribe")
+        await send_ticker(server, {"a": None, "b": "99.5", "k": "100.5", "v": "0", "t": NOW})
+        async with asyncio.timeout(5):
+            assert await told.get() == Ticker(NOW, bid=99.5, ask=100.5, base_volume=0.0)
+
+
+async def send_ticker(server: CryptoComServer, data: dict[str, Any]) -> None:
+    await server.send_result(
+        {
+            "instrument_name": "BTC_USD",
+            "subscription": "ticker.BTC_USD",
+            "channel": "ticker",
+            "data": [{"i": "BTC_USD", **data}],
+        }
+    )
+
+
 class TestOrderBookStream:
     async def start(self, exchange: CryptocomExchange, server: CryptoComServer) -> IOrderBookHandle:
         handle = await exchange.start_order_book_stream(BTC)
@@ -983,6 +1120,24 @@ class TestOrderBookStream:
         with pytest.raises(BadExchangeAnswer):
             await ended(handle)
         assert handle.snapshot() is None
+
+    async def test_who_keeps_a_book_is_told_of_each_change_and_of_its_end(
+        self, exchange: CryptocomExchange, server: CryptoComServer
+    ) -> None:
+        seen: asyncio.Queue[int | None] = asyncio.Queue()
+
+        def note() -> None:
+            book = handle.snapshot()
+            seen.put_nowait(None if book is None else book.timestamp)
+
+        handle = await exchange.start_order_book_stream(BTC, on_change=note)
+        await server.received("subscribe")
+        levels = {"bids": [["99", "1", "1"]], "asks": [["101", "2", "1"]]}
+        async with asyncio.timeout(5):
+            await server.send_book("book", levels | {"t": NOW, "u": 1})
+            assert await seen.get() == NOW
+            await exchange.reset_connections()
+            assert await seen.get() is None
 
     async def test_a_book_that_ended_starts_anew(
         self, exchange: CryptocomExchange, server: CryptoComServer
