@@ -281,6 +281,8 @@ class FakeExchange(IExchangeAPIClient):
             stream.end(self.fail_with)
         elif market not in self.markets:
             stream.end(ExchangeRefused(f"{self.name} does not know the market {market}"))
+        elif self.book is not None and stream.on_change is not None:
+            asyncio.get_running_loop().call_soon(stream.on_change)
         return stream
 
     async def _request(self, method: str, market: str | None = None) -> None:

@@ -13,9 +13,22 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
-from collection.interfaces import Channel, FormingCandle, GapTold, SlowConsumer, StatusTold
+from collection.interfaces import (
+    BookTold,
+    Channel,
+    FormingCandle,
+    GapTold,
+    SlowConsumer,
+    StatusTold,
+    StreamEvent,
+    TickerTold,
+    TradesTold,
+)
 from domain.gap import Gap, GapReason
+from domain.order_book import OrderBook
+from domain.ticker import Ticker
 from domain.time_range import TimeRange
+from domain.trade import Trade
 from errors import CoinNotAvailable, NoData
 from exchange_source.interfaces import ExchangeUnavailable
 from tests.support.api import (
@@ -263,6 +276,85 @@ class TestSubscribe:
             assert (message["subscription_id"], message["sequence"]) == (second_id, 1)
             second.push(back)
             assert (await hear(client))["state"] == "connected"
+
+    async def test_the_other_channels_are_told_in_their_own_shapes(
+        self, server: Server, world: World
+    ) -> None:
+        trades = (Trade("7", START, 100.5, 0.25, "buy"), Trade("8", START + 1, 100.0, 1.0, "sell"))
+        ticker = Ticker(START, last=100.0, bid=99.5, ask=100.5, change_percent=-1.25)
+        book = OrderBook(START, bids=((99.5, 1.0),), asks=((100.5, 2.0), (101.0, 3.0)))
+        wanted: list[tuple[Channel, StreamEvent, Any]] = [
+            (
+                Channel.TRADES,
+                TradesTold(trades),
+                [
+                    {"id": "7", "timestamp": START, "price": 100.5, "amount": 0.25, "side": "buy"},
+                    {
+                        "id": "8",
+                        "timestamp": START + 1,
+                        "price": 100.0,
+                        "amount": 1.0,
+                        "side": "sell",
+                    },
+                ],
+            ),
+            (
+                Channel.TICKER,
+                TickerTold(ticker),
+                {
+                    "timestamp": START,
+                    "last": 100.0,
+                    "bid": 99.5,
+                    "ask": 100.5,
+                    "high": None,
+                    "low": None,
+                    "base_volume": None,
+                    "change_percent": -1.25,
+                },
+            ),
+            (
+                Channel.ORDER_BOOK,
+                BookTold(book, stale=True),
+                {
+                    "timestamp": START,
+                    "bids": [[99.5, 1.0]],
+                    "asks": [[100.5, 2.0], [101.0, 3.0]],
+                    "stale": True,
+                },
+            ),
+        ]
+        async with server.websocket() as client:
+            for channel, event, data in wanted:
+                await say(client, "subscribe_realtime", coin="BTC", channel=channel.value)
+                subscribed = await hear(client)
+                assert (subscribed["channel"], subscribed["last_closed"]) == (channel, None)
+                (await opened(world)).push(event)
+                assert await hear(client) == {
+                    "type": "realtime_data",
+                    "subscription_id": subscribed["subscription_id"],
+                    "sequence": 1,
+                    "channel": channel,
+                    "exchange": "crypto.com",
+                    "coin": "BTC",
+                    "market": "BTC/USD",
+                    "interval": "5m",
+                    "data": data,
+                }
+
+    async def test_one_event_is_told_to_each_subscription_under_its_own_number(
+        self, server: Server, world: World
+    ) -> None:
+        event = forming()
+        async with server.websocket() as client:
+            first_id, first = await subscribe(client, world)
+            second_id, second = await subscribe(client, world)
+            first.push(event)
+            one = await hear(client)
+            second.push(event, event)
+            two, three = await hear(client), await hear(client)
+        numbers = [(item["subscription_id"], item["sequence"]) for item in (one, two, three)]
+        assert numbers == [(first_id, 1), (second_id, 1), (second_id, 2)]
+        assert one["data"] == two["data"] == three["data"]
 
     async def test_a_client_that_resumes_says_from_when(self, server: Server, world: World) -> None:
         async with server.websocket() as client:
