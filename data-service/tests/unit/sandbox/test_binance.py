@@ -53,7 +53,7 @@ async def http(sandbox: RunningSandbox) -> AsyncIterator[Http]:
 
 @contextlib.asynccontextmanager
 async def fast(speed: float = 100) -> AsyncIterator[tuple[RunningSandbox, Http]]:
-    """A market that is ``speed`` times as fast as the real one, ten seconds before a minute ends."""
+    """A market ``speed`` times as fast as the real one, ten seconds before a minute ends."""
     config = SandboxConfig(market_clock=clock_at(NOON_MS + 50_000, speed=speed))
     async with running_sandbox(config) as running, http_to(running) as asking:
         yield running, asking
@@ -643,9 +643,10 @@ class TestFaults:
             await listener.message()
             await http.fault(kind="drop_sockets")
             await listener.ended()
-        await http.fault(kind="refuse_connections", count=1)
+        await http.fault(kind="refuse_connections")
         with pytest.raises(aiohttp.ClientError):
             await http.get(f"{API}/ping")
+        await http.send("DELETE", "/_control/faults")
         assert await http.get(f"{API}/ping") == (200, {})
 
     async def test_one_channel_may_be_mute_while_the_socket_lives(self) -> None:

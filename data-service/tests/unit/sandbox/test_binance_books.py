@@ -89,7 +89,7 @@ def test_a_moment_without_change_is_part_of_the_next_update() -> None:
     moved = NOON_MS + 2_000
 
     class Calm(GeneratedPrices):
-        def book(self, instrument: object, at_ms: int, depth: int) -> OrderBook:  # noqa: ARG002
+        def book(self, instrument: object, at_ms: int, depth: int) -> OrderBook:
             return still if at_ms < moved else states.book(BTC, moved)
 
     calm = Venue(Calm(seed=7), venue.clock, venue.faults)
