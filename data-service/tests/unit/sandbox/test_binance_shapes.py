@@ -1,7 +1,7 @@
 """The sandbox's messages have the fields, and the kinds of values, of those Binance sent.
 
-The shapes are written down below. Where captured traffic is at hand (``CB_TRADE_SAMPLE_DATA``) it
-has to have them too, so that they cannot drift from what was really seen.
+The shapes are written down below; where captured traffic is at hand (``CB_TRADE_SAMPLE_DATA``) they
+are taken from it as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sandbox.app import SandboxConfig, running_sandbox
 from tests.unit.sandbox.helpers import NOON_MS, clock_at, connected, http_to
 
 Shape = Any
-SAMPLES = os.environ.get("CB_TRADE_SAMPLE_DATA")
+SOURCES = ("written", "captured") if os.environ.get("CB_TRADE_SAMPLE_DATA") else ("written",)
 
 DECIMAL = "decimal text"
 LEVELS = [[DECIMAL, DECIMAL]]
@@ -118,14 +118,17 @@ def merged(one: Shape, other: Shape) -> Shape:
     return one
 
 
-def written(name: str) -> tuple[list[str], Shape]:
-    return list(SHAPES[name]), SHAPES[name]
+@pytest.fixture(scope="module", params=SOURCES)
+def shapes(request: pytest.FixtureRequest) -> dict[str, Shape]:
+    if request.param == "written":
+        return SHAPES
+    return captured_shapes(Path(os.environ["CB_TRADE_SAMPLE_DATA"]) / "captures")
 
 
 @pytest.mark.parametrize("name", STREAMS)
-async def test_an_event_has_the_shape_that_was_captured(name: str) -> None:
+async def test_an_event_has_the_shape_of_binances(name: str, shapes: dict[str, Shape]) -> None:
     config = SandboxConfig(market_clock=clock_at(NOON_MS, speed=100))
-    shapes = []
+    seen = []
     async with (
         running_sandbox(config) as sandbox,
         connected(sandbox, f"/stream?streams=btcusdt@{name}") as listener,
@@ -133,38 +136,32 @@ async def test_an_event_has_the_shape_that_was_captured(name: str) -> None:
         for _ in range(5):
             message = await listener.message()
             assert list(message) == ["stream", "data"]
-            shapes.append(shape_of(message["data"]))
-    shape = only(shapes)
-    assert (list(shape), shape) == written(name)
+            seen.append(shape_of(message["data"]))
+    shape = only(seen)
+    assert shape == shapes[name]
+    assert list(shape) == list(shapes[name])
 
 
-async def test_a_snapshot_of_a_book_has_the_shape_that_was_captured() -> None:
+async def test_a_snapshot_of_a_book_has_the_shape_of_binances(shapes: dict[str, Shape]) -> None:
     async with running_sandbox() as sandbox, http_to(sandbox) as http:
         _, book = await http.get("/api/v3/depth", symbol="ETHBTC", limit=1_000)
     shape = shape_of(book)
-    assert (list(shape), shape) == written("/depth")
-
-
-def test_the_shapes_are_those_of_the_captured_traffic() -> None:
-    captured = captured_shapes(Path(SAMPLES) / "captures") if SAMPLES else SHAPES
-    assert captured == SHAPES
-    assert {name: list(shape) for name, shape in captured.items()} == {
-        name: list(shape) for name, shape in SHAPES.items()
-    }
+    assert shape == shapes["/depth"]
+    assert list(shape) == list(shapes["/depth"])
 
 
 def captured_shapes(folder: Path) -> dict[str, Shape]:
     """The shape of each kind of message in the captures, whose lines are ``time: json``."""
-    shapes: dict[str, list[Shape]] = {}
+    found: dict[str, list[Shape]] = {}
     for line in (folder / "BINANCE.ws.1.0").read_text().splitlines():
         _, _, text = line.partition(": ")
         if line.startswith("wss://") or not text.startswith('{"stream"'):
             continue
         message = orjson.loads(text)
         kind = message["stream"].partition("@")[2]
-        shapes.setdefault(kind, []).append(shape_of(message["data"]))
+        found.setdefault(kind, []).append(shape_of(message["data"]))
     for line in (folder / "BINANCE.http.0.0").read_text().splitlines():
         _, arrow, answer = line.partition(" -> ")
         if arrow and "/depth?" in line[:100]:
-            shapes.setdefault("/depth", []).append(shape_of(orjson.loads(answer.split(": ", 1)[1])))
-    return {name: only(found) for name, found in shapes.items()}
+            found.setdefault("/depth", []).append(shape_of(orjson.loads(answer.split(": ", 1)[1])))
+    return {name: only(shapes) for name, shapes in found.items()}
