@@ -59,7 +59,7 @@ async def fast(speed: float = 100) -> AsyncIterator[tuple[RunningSandbox, Http]]
         yield running, asking
 
 
-async def klines(http: Http, interval: str = "1m", **query: object) -> list[Row]:
+async def klines(http: Http, interval: str = "1m", **query: Any) -> list[Row]:
     status, rows = await http.get(KLINES, **{"symbol": "BTCUSDT", "interval": interval, **query})
     assert status == 200, rows
     return list(rows)
@@ -334,7 +334,7 @@ class TestStreams:
                 {"method": "UNSUBSCRIBE", "params": ["btcusdt@ticker", "never@had"], "id": None}
             )
             await listener.ws.send_json({"method": "LIST_SUBSCRIPTIONS", "id": 3})
-            answers = []
+            answers: list[dict[str, Any]] = []
             while len(answers) < 2:
                 message = await listener.message()
                 answers += [message] if "result" in message else []
@@ -352,7 +352,7 @@ class TestStreams:
             assert (await listener.message())["e"] == "24hrTicker"
         path = "/stream?streams=btcusdt@miniTicker/ethusdt@bookTicker"
         async with connected(sandbox, path) as listener:
-            seen = {}
+            seen: dict[str, str] = {}
             while len(seen) < 2:
                 message = await listener.message()
                 assert set(message) == {"stream", "data"}
@@ -596,14 +596,14 @@ class TestFaults:
         assert len(await asking) == 500
 
     async def test_rows_may_be_missing(self, http: Http) -> None:
-        query = {"startTime": NOON_MS - 10 * MINUTE, "limit": 10}
+        query: dict[str, Any] = {"startTime": NOON_MS - 10 * MINUTE, "limit": 10}
         whole = await klines(http, **query)
         await http.fault(kind="rest_missing_rows", rows=3, instrument="BTCUSDT", count=1)
         assert await klines(http, **query) == whole[:3] + whole[6:]
         assert await klines(http, **query) == whole
 
     async def test_candles_may_be_late_provisional_or_revised(self, http: Http) -> None:
-        query = {"startTime": NOON_MS - MINUTE, "endTime": NOON_MS - 1}
+        query: dict[str, Any] = {"startTime": NOON_MS - MINUTE, "endTime": NOON_MS - 1}
         (final,) = await klines(http, **query)
         await http.fault(kind="candle_late", after_close=3_600, timeframe="1m", count=1)
         assert await klines(http, **query) == []
@@ -671,7 +671,7 @@ class TestFaults:
             number = await http.fault(
                 kind="final_update_withheld", instrument="BTCUSDT", timeframe="1m"
             )
-            events = []
+            events: list[dict[str, Any]] = []
             async with connected(sandbox, "/ws/btcusdt@kline_1m") as listener:
                 while not events or events[-1]["k"]["t"] < NOON_MS + 2 * MINUTE:
                     events.append(await listener.message())
