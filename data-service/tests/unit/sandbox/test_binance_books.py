@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from domain.order_book import Level, OrderBook
 from sandbox.binance_books import BOOK_LEVELS, BookStates, DepthFeed
 from sandbox.faults import FaultBoard
-from sandbox.prices import GeneratedPrices
+from sandbox.prices import GeneratedPrices, Instrument
 from sandbox.venue import ExchangeClock, Venue
-from tests.unit.sandbox.helpers import NOON_MS, clock_at
+from tests.unit.sandbox.helpers import MINUTE, NOON_MS, clock_at
 
 STEP = 100
 
@@ -22,8 +22,17 @@ def venue_at(market_ms: int, speed: float = 1.0) -> Venue:
     return Venue(GeneratedPrices(seed=7), clock, FaultBoard(clock))
 
 
+class Restless(GeneratedPrices):
+    """Books that jump among five of the same minutes, so that they often change and change back."""
+
+    def book(self, instrument: Instrument, at_ms: int, depth: int) -> OrderBook:
+        minute = at_ms // STEP * 7 % 5
+        return super().book(instrument, NOON_MS + minute * MINUTE, min(depth, 200))
+
+
 VENUE = venue_at(NOON_MS)
 STATES = BookStates(VENUE)
+RESTLESS = BookStates(Venue(Restless(seed=7), VENUE.clock, VENUE.faults))
 BTC = VENUE.instruments()[0]
 
 
@@ -32,19 +41,20 @@ def applied(side: Sequence[Level], changes: Sequence[Level]) -> dict[float, floa
     return {price: amount for price, amount in levels.items() if amount}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
+    states=st.sampled_from([STATES, RESTLESS]),
     start=st.integers(NOON_MS // STEP - 9_000, NOON_MS // STEP),
     before=st.integers(0, 12),
     after=st.integers(0, 12),
 )
 def test_changes_lead_from_any_state_among_them_to_the_last_one(
-    start: int, before: int, after: int
+    states: BookStates, start: int, before: int, after: int
 ) -> None:
     first, last = start * STEP, (start + before + after) * STEP
-    snapshot = STATES.book(BTC, first + before * STEP)
-    bids, asks = STATES.changes(BTC, first, last)
-    final = STATES.book(BTC, last)
+    snapshot = states.book(BTC, first + before * STEP)
+    bids, asks = states.changes(BTC, first, last)
+    final = states.book(BTC, last)
     assert applied(snapshot.bids, bids) == dict(final.bids)
     assert applied(snapshot.asks, asks) == dict(final.asks)
 
@@ -89,7 +99,7 @@ def test_a_moment_without_change_is_part_of_the_next_update() -> None:
     moved = NOON_MS + 2_000
 
     class Calm(GeneratedPrices):
-        def book(self, instrument: object, at_ms: int, depth: int) -> OrderBook:
+        def book(self, instrument: Instrument, at_ms: int, depth: int) -> OrderBook:
             return still if at_ms < moved else states.book(BTC, moved)
 
     calm = Venue(Calm(seed=7), venue.clock, venue.faults)
