@@ -14,10 +14,12 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from domain.clock import MarketClock, http_date
+from sandbox.binance import BinanceProtocol
 from sandbox.control import PREFIX as CONTROL
 from sandbox.control import Control, RequestLog, answer
 from sandbox.cryptocom import MESSAGE_LIMIT, CryptocomProtocol
 from sandbox.faults import Fault, FaultBoard, plain_name
+from sandbox.flat_candles import FlatCandles
 from sandbox.prices import DEFAULT_HISTORY_START_MS, GeneratedPrices, IPriceSource
 from sandbox.protocol import IProtocol
 from sandbox.replay import load_replay
@@ -83,7 +85,12 @@ def create_sandbox(config: SandboxConfig) -> web.Application:
     venue = Venue(prices, clock, faults)
     hub = Hub(venue)
     log = RequestLog()
-    protocols = [CryptocomProtocol(venue, hub, heartbeat_s=config.heartbeat_s)]
+    # Binance has a flat candle where nobody traded; holes of a recording are outages there too.
+    flat = venue if config.replay else Venue(FlatCandles(prices), clock, faults)
+    protocols: list[IProtocol] = [
+        CryptocomProtocol(venue, hub, heartbeat_s=config.heartbeat_s),
+        BinanceProtocol(flat, hub, heartbeat_s=config.heartbeat_s),
+    ]
     app = web.Application(
         middlewares=[
             _counted(log, venue, protocols),
@@ -99,15 +106,20 @@ def create_sandbox(config: SandboxConfig) -> web.Application:
     source = "generated" if config.replay is None else "recorded"
     Control(venue, hub, log, source=source).add_routes(app.router)
 
-    async def date(_: web.Request, response: web.StreamResponse) -> None:
+    async def prepare(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Date"] = http_date(clock.now_ms())
+        protocol = _protocol_of(request, protocols)
+        if protocol is None or _is_socket(request):
+            return
+        for name, value in protocol.on_answer(request, response.status).items():
+            response.headers.setdefault(name, value)
 
     async def stop(_: web.Application) -> None:
         # Clearing lets go of every request that a fault keeps waiting.
         faults.clear()
         await hub.close()
 
-    app.on_response_prepare.append(date)
+    app.on_response_prepare.append(prepare)
     app.on_shutdown.append(stop)
     return app
 
@@ -148,10 +160,10 @@ def _counted(log: RequestLog, venue: Venue, protocols: Sequence[IProtocol]) -> M
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if _is_control(request):
             return await handler(request)
-        # Paths that do not exist share a name, and markets that do not exist are left out, so
-        # that the log cannot grow without bound.
-        known = request.match_info.http_exception is None
-        log.add(request.path if known else "(unknown)", venue.clock.real_ms())
+        # Paths that do not exist share a name, as do those of one pattern, and markets that do
+        # not exist are left out, so that the log cannot grow without bound.
+        resource = request.match_info.route.resource
+        log.add(resource.canonical if resource else "(unknown)", venue.clock.real_ms())
         protocol = _protocol_of(request, protocols)
         instrument = protocol.asked_for(request)[0] if protocol is not None else None
         market = markets.get(plain_name(instrument or ""))

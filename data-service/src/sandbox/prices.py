@@ -258,6 +258,8 @@ LISTINGS: Final = (
     Listing(Instrument("LRC", "USD", 5, 0), 0.25, quiet=True),
     Listing(Instrument("LUNA", "USD", 5, 0, active=False), 0.25, quiet=True),
     Listing(Instrument("BTC", "USD", 1, 4, spot=False), 9.0),
+    Listing(Instrument("SOL", "USDT", 2, 3), 5.0),
+    Listing(Instrument("LRC", "USDT", 5, 0), 0.25, quiet=True),
 )
 
 # The octaves of the price noise: the period in minutes. Each is as high as a random walk strays in

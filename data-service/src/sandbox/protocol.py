@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -31,6 +32,13 @@ class IProtocol(ABC):
     @abstractmethod
     def failure(self, request: web.Request, status: int) -> dict[str, Any]:
         """The JSON body with which this exchange answers HTTP ``status``."""
+
+    def on_answer(self, request: web.Request, status: int) -> Mapping[str, str]:  # noqa: ARG002
+        """Take note of an answer to REST, once for each; the headers that this exchange gives it.
+
+        Headers that the answer has already are left as they are.
+        """
+        return {}
 
 
 def plain(value: float) -> str:

@@ -71,7 +71,11 @@ class Feed(ABC):
 
 
 class CandleFeed(Feed):
-    """Forming candles about every second, the final state at each close, then the next candle."""
+    """Forming candles about every ``rhythm_ms``, the final state at each close, then the next.
+
+    ``encode`` makes a frame of candles that follow each other. With ``encode_final`` each final
+    candle has a frame of its own, which that makes.
+    """
 
     def __init__(
         self,
@@ -80,11 +84,16 @@ class CandleFeed(Feed):
         key: str,
         interval: Interval,
         encode: Callable[[Sequence[Candle]], str],
+        *,
+        encode_final: Callable[[Candle], str] | None = None,
+        rhythm_ms: int = _RHYTHM_MS,
     ) -> None:
         super().__init__(venue, instrument, key, "candlestick")
         self.timeframe = interval.name
         self._interval = interval
         self._encode = encode
+        self._encode_final = encode_final
+        self._rhythm_ms = rhythm_ms
         self._period = interval.floor(venue.clock.now_ms())
         self._told: Candle | None = None
 
@@ -93,7 +102,7 @@ class CandleFeed(Feed):
         return [self._encode([forming])] if forming else []
 
     def next_tick(self, now: int) -> int:
-        paced = super().next_tick(now)
+        paced = now + self.pace(self._rhythm_ms)
         if self._is_short:
             return paced
         return min(paced, self._interval.floor(now) + self._interval.milliseconds)
@@ -111,6 +120,9 @@ class CandleFeed(Feed):
         if forming == self._told or (forming is not None and self._is_near_withheld_end(now)):
             forming = None
         self._told = forming or self._told
+        if self._encode_final is not None:
+            finals = [self._encode_final(candle) for candle in closed]
+            return [*finals, self._encode([forming])] if forming else finals
         candles = [*closed, forming] if forming else closed
         size = _CANDLES_A_FRAME if self._is_short or len(closed) > 2 else 1
         return [self._encode(candles[at : at + size]) for at in range(0, len(candles), size)]
@@ -136,7 +148,8 @@ class CandleFeed(Feed):
 
 
 class TradeFeed(Feed):
-    """Every trade once, in order; a new subscriber starts with the last few."""
+    """Every trade once, in order, in frames of up to ``most_a_frame``; a new subscriber starts
+    with the last ``backlog`` ones."""
 
     def __init__(
         self,
@@ -144,24 +157,29 @@ class TradeFeed(Feed):
         instrument: Instrument,
         key: str,
         encode: Callable[[Sequence[Trade]], str],
+        *,
+        backlog: int = _FIRST_TRADES,
+        most_a_frame: int = _TRADES_A_FRAME,
     ) -> None:
         super().__init__(venue, instrument, key, "trade")
         self._encode = encode
+        self._backlog = backlog
+        self._most_a_frame = most_a_frame
         self._told_until = venue.clock.now_ms() + 1
 
     def first(self) -> Sequence[str]:
         part = TimeRange(self._told_until - _FIRST_TRADES_MS, self._told_until)
-        trades = self.venue.prices.trades(self.instrument, part)[-_FIRST_TRADES:]
-        return [self._encode(trades)] if trades else []
+        trades = self.venue.prices.trades(self.instrument, part)
+        return self._frames(trades[max(0, len(trades) - self._backlog) :])
 
     def tick(self, now: int) -> Sequence[str]:
         part = TimeRange(self._told_until, now + 1)
         self._told_until = now + 1
-        trades = self.venue.prices.trades(self.instrument, part)
-        return [
-            self._encode(trades[at : at + _TRADES_A_FRAME])
-            for at in range(0, len(trades), _TRADES_A_FRAME)
-        ]
+        return self._frames(self.venue.prices.trades(self.instrument, part))
+
+    def _frames(self, trades: Sequence[Trade]) -> Sequence[str]:
+        size = self._most_a_frame
+        return [self._encode(trades[at : at + size]) for at in range(0, len(trades), size)]
 
 
 class TickerFeed(Feed):
@@ -217,14 +235,16 @@ class BookFeed(Feed):
         if self._encode_update is None:
             self._book, self._number = book, number
             return [self._encode(book, number)]
-        bids, asks = _changes(before.bids, book.bids), _changes(before.asks, book.asks)
+        bids = changed_levels(before.bids, book.bids)
+        asks = changed_levels(before.asks, book.asks)
         if not bids and not asks:
             return []
         self._book, self._number = book, number
         return [self._encode_update(bids, asks, book.timestamp, number, previous)]
 
 
-def _changes(before: Sequence[Level], after: Sequence[Level]) -> list[Level]:
+def changed_levels(before: Sequence[Level], after: Sequence[Level]) -> list[Level]:
+    """What makes ``after`` of the side ``before``; an amount of 0 removes a level."""
     old, new = dict(before), dict(after)
     gone = [(price, 0.0) for price in old if price not in new]
     return gone + [(price, amount) for price, amount in after if old.get(price) != amount]
@@ -306,11 +326,13 @@ class Hub:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
 
-    def subscribe(self, socket: Socket, key: str, make: Callable[[], Feed]) -> bool:
-        """Let ``socket`` have the feed ``key``; False when it has too many already."""
+    def subscribe(
+        self, socket: Socket, key: str, make: Callable[[], Feed], *, most: int = _MOST_CHANNELS
+    ) -> bool:
+        """Let ``socket`` have the feed ``key``; False when it has ``most`` already."""
         if key in socket.channels:
             return True
-        if len(socket.channels) >= _MOST_CHANNELS:
+        if len(socket.channels) >= most:
             return False
         feed = self._feeds.get(key)
         if feed is None:

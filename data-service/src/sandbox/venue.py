@@ -63,6 +63,7 @@ class Ticker:
     """
 
     timestamp: int
+    open: float | None
     last: float | None
     high: float | None
     low: float | None
@@ -92,9 +93,17 @@ class Venue:
         return self.faults.take("delisted", instrument=instrument.symbol) is None
 
     def candles(
-        self, instrument: Instrument, interval: Interval, part: TimeRange, limit: int
+        self,
+        instrument: Instrument,
+        interval: Interval,
+        part: TimeRange,
+        limit: int,
+        *,
+        oldest: bool = False,
     ) -> list[Candle]:
         """The last ``limit`` candles listed in ``part``, ascending, the forming one included.
+
+        With ``oldest`` the first ``limit`` ones instead.
 
         Raises:
             InvalidRequest: the interval is not offered.
@@ -105,13 +114,20 @@ class Venue:
         found: list[Candle] = []
         hit: set[Fault] = set()
         width = limit + 1
-        # Holes take no place among the rows, so a market with holes is looked at further back.
+        # Holes take no place among the rows, so a market with holes is looked at further.
         while end > first and len(found) < limit:
-            start = max(first, interval.floor(end - 1) - (width - 1) * interval.milliseconds)
-            found = self._listed(instrument, interval, TimeRange(start, end), now, hit) + found
-            end = start
+            length = (width - 1) * interval.milliseconds
+            if oldest:
+                look = TimeRange(first, min(end, interval.ceil(first) + length))
+                found = found + self._listed(instrument, interval, look, now, hit)
+                first = look.end
+            else:
+                look = TimeRange(max(first, interval.floor(end - 1) - length), end)
+                found = self._listed(instrument, interval, look, now, hit) + found
+                end = look.start
             width = min(2 * width, _WIDEST_LOOK)
-        found = self._without_missing(instrument, interval, found[-limit:], hit)
+        found = found[:limit] if oldest else found[-limit:]
+        found = self._without_missing(instrument, interval, found, hit)
         for fault in hit:
             fault.hits += 1
         return found
@@ -130,18 +146,46 @@ class Venue:
         closed = self.prices.candles(instrument, interval, part) if part else ()
         return self._as_streamed(instrument, interval, closed, now)
 
-    def trades(self, instrument: Instrument, part: TimeRange, limit: int) -> list[Trade]:
-        """The newest ``limit`` trades in ``part`` up to now, ascending."""
+    def trades(
+        self, instrument: Instrument, part: TimeRange, limit: int, *, oldest: bool = False
+    ) -> list[Trade]:
+        """The newest ``limit`` trades in ``part`` up to now, ascending; of one day at most.
+
+        With ``oldest`` the first ``limit`` ones instead.
+        """
         end = min(part.end, self.clock.now_ms() + 1)
-        first = max(part.start, self.prices.history_start(instrument), end - DAY_MS)
+        first = max(part.start, self.prices.history_start(instrument))
+        if oldest:
+            end = min(end, first + DAY_MS)
+        else:
+            first = max(first, end - DAY_MS)
         found: list[Trade] = []
         width = _TRADES_WINDOW_MS
         while end > first and len(found) < limit:
-            start = max(first, end - width)
-            found = [*self.prices.trades(instrument, TimeRange(start, end)), *found]
-            end = start
+            if oldest:
+                look = TimeRange(first, min(end, first + width))
+                found = [*found, *self.prices.trades(instrument, look)]
+                first = look.end
+            else:
+                look = TimeRange(max(first, end - width), end)
+                found = [*self.prices.trades(instrument, look), *found]
+                end = look.start
             width *= 2
-        return found[-limit:]
+        return found[:limit] if oldest else found[-limit:]
+
+    def trades_from(self, instrument: Instrument, number: int, limit: int) -> list[Trade]:
+        """The first ``limit`` trades up to now whose id is ``number`` or more, ascending."""
+        low, high = self.prices.history_start(instrument), self.clock.now_ms() + 1
+        # Ids grow with time: the earliest moment from which on every trade has a high enough one.
+        while low < high:
+            middle = (low + high) // 2
+            later = self.trades(instrument, TimeRange(middle, high), 1, oldest=True)
+            if later and later[0].id < number:
+                low = later[0].timestamp + 1
+            else:
+                high = middle
+        found = self.trades(instrument, TimeRange(low, 10**18), limit, oldest=True)
+        return [trade for trade in found if trade.id >= number]
 
     def book(self, instrument: Instrument, depth: int) -> OrderBook:
         return self.prices.book(instrument, self.clock.now_ms(), depth)
@@ -159,10 +203,11 @@ class Venue:
         ]
         book = self.prices.book(instrument, now, 1)
         if not minutes:
-            return Ticker(now, None, None, None, None, 0.0, 0.0, book)
+            return Ticker(now, None, None, None, None, None, 0.0, 0.0, book)
         last = minutes[-1].close
         return Ticker(
             timestamp=now,
+            open=minutes[0].open,
             last=last,
             high=max(minute.high for minute in minutes),
             low=min(minute.low for minute in minutes),

@@ -51,6 +51,20 @@ async def ccxt_client(sandbox: RunningSandbox) -> AsyncIterator[Any]:
         await client.close()
 
 
+@contextlib.asynccontextmanager
+async def binance_client(sandbox: RunningSandbox) -> AsyncIterator[Any]:
+    """A ``ccxt.pro`` client of Binance that asks the sandbox for spot markets."""
+    options = {"fetchMarkets": {"types": ["spot"]}}
+    client = ccxt.pro.binance({"enableRateLimit": False, "options": options})
+    client.urls["api"] = redirected(client.urls["api"], sandbox)
+    # It tells spot sockets from others by the text of the address, which loopback has not.
+    client.is_spot_url = lambda _: True
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
 class Http:
     """Plain requests to one sandbox."""
 
@@ -150,6 +164,18 @@ async def listening(
         if channels:
             await listener.ask("subscribe", *channels, **params)
         yield listener
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    sandbox: RunningSandbox, path: str, *, autoping: bool = True
+) -> AsyncIterator[Listener]:
+    """A socket of ``path``, which may name streams."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{sandbox.ws_url}{path}", autoping=autoping) as ws,
+    ):
+        yield Listener(ws)
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
