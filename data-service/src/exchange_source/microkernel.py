@@ -42,6 +42,8 @@ def _lazily(module: str, name: str) -> PluginFactory:
 
 
 BUILT_IN: Final[Mapping[str, PluginFactory]] = {
+    "binance": _lazily("exchange_source.plugins.binance_exchange", "BinanceExchange"),
+    "coinbase": _lazily("exchange_source.plugins.coinbase_exchange", "CoinbaseExchange"),
     "crypto.com": _lazily("exchange_source.plugins.cryptocom_exchange", "CryptocomExchange"),
 }
 """Every exchange that can be enabled, by its public name."""

@@ -13,7 +13,7 @@ from typing import Final
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from domain.clock import MarketClock, http_date
+from domain.clock import IClock, MarketClock, http_date
 from sandbox.binance import BinanceProtocol
 from sandbox.control import PREFIX as CONTROL
 from sandbox.control import Control, RequestLog, answer
@@ -38,15 +38,17 @@ class SandboxConfig:
     """How the sandbox runs.
 
     ``replay`` is a recording to play in place of invented prices, which are told from
-    ``history_start_ms`` on. ``skew_ms`` is how far the exchange's clock is ahead of the market's.
+    ``history_start_ms`` on; ``prices`` goes before both. ``skew_ms`` is how far the exchange's
+    clock is ahead of the market's.
     Every answer is held back for ``answer_delay_ms`` of real time. Above ``rate_limit`` requests
     in a second it answers 429; None is no limit. ``heartbeat_s`` is in real seconds.
     """
 
     seed: int = 1
     replay: Path | None = None
+    prices: IPriceSource | None = None
     history_start_ms: int = DEFAULT_HISTORY_START_MS
-    market_clock: MarketClock = field(default_factory=MarketClock)
+    market_clock: IClock = field(default_factory=MarketClock)
     skew_ms: int = 0
     answer_delay_ms: int = 0
     rate_limit: int | None = None
@@ -76,7 +78,9 @@ def create_sandbox(config: SandboxConfig) -> web.Application:
         sandbox.replay.ReplayError: the recording cannot be played.
     """
     prices: IPriceSource
-    if config.replay is None:
+    if config.prices is not None:
+        prices = config.prices
+    elif config.replay is None:
         prices = GeneratedPrices(config.seed, history_start_ms=config.history_start_ms)
     else:
         prices = load_replay(config.replay, config.seed)
@@ -86,7 +90,8 @@ def create_sandbox(config: SandboxConfig) -> web.Application:
     hub = Hub(venue)
     log = RequestLog()
     # Binance has a flat candle where nobody traded; holes of a recording are outages there too.
-    flat = venue if config.replay else Venue(FlatCandles(prices), clock, faults)
+    invented = isinstance(prices, GeneratedPrices)
+    flat = Venue(FlatCandles(prices), clock, faults) if invented else venue
     protocols: list[IProtocol] = [
         CryptocomProtocol(venue, hub, heartbeat_s=config.heartbeat_s),
         BinanceProtocol(flat, hub, heartbeat_s=config.heartbeat_s),
@@ -103,7 +108,7 @@ def create_sandbox(config: SandboxConfig) -> web.Application:
     app[_VENUE], app[_HUB], app[_LOG] = venue, hub, log
     for protocol in protocols:
         protocol.add_routes(app.router)
-    source = "generated" if config.replay is None else "recorded"
+    source = "generated" if invented else "recorded"
     Control(venue, hub, log, source=source).add_routes(app.router)
 
     async def prepare(request: web.Request, response: web.StreamResponse) -> None:

@@ -13,7 +13,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from domain.candle import Candle
-from domain.clock import IClock, MarketClock
+from domain.clock import IClock
 from domain.interval import Interval
 from domain.order_book import OrderBook
 from domain.time_range import TimeRange
@@ -31,7 +31,7 @@ class ExchangeClock(IClock):
     Real time is not skewed. Skew may be changed at any moment.
     """
 
-    def __init__(self, market: MarketClock, skew_ms: int = 0) -> None:
+    def __init__(self, market: IClock, skew_ms: int = 0) -> None:
         self._market = market
         self.skew_ms = skew_ms
 

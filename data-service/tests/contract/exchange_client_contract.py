@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
+from msgspec.structs import replace
 
 from domain.candle import Candle, CandleUpdate
+from domain.interval import Interval
+from domain.ticker import Ticker
 from domain.time_range import TimeRange
+from domain.trade import Trade
 from errors import InvalidRequest
 from exchange_source.interfaces import (
     ExchangeRefused,
@@ -34,6 +38,8 @@ class ExchangeWorld(ABC):
     """An exchange of BTC/USD and ETH/USD at ``NOW`` without candles, reached by ``client``."""
 
     client: IExchangeAPIClient
+    streamed_interval: str = "1m"
+    """An interval whose candles the exchange streams."""
 
     @abstractmethod
     def put(self, candles: Iterable[Candle]) -> None:
@@ -45,7 +51,20 @@ class ExchangeWorld(ABC):
 
     @abstractmethod
     async def push(self, candle: Candle) -> None:
-        """Let the exchange tell its subscribers of a 1m candle of ``MARKET``."""
+        """Let the exchange have a 1m candle of ``MARKET``, and tell its subscribers of the candle
+        of ``streamed_interval`` that this makes."""
+
+    @abstractmethod
+    async def push_trades(self, *prices: float) -> list[Trade]:
+        """Let trades happen in ``MARKET`` at these prices and be told; what they are, ascending."""
+
+    @abstractmethod
+    async def push_ticker(self) -> Ticker:
+        """Let the exchange tell the ticker of ``MARKET``; what it says."""
+
+    @abstractmethod
+    async def push_book(self, bid: float, ask: float) -> None:
+        """Let the best bid and ask of ``MARKET`` be these, and be told."""
 
     @abstractmethod
     async def subscribed(self) -> None:
@@ -149,23 +168,74 @@ class ExchangeClientContract:
         self, world: ExchangeWorld
     ) -> None:
         got: asyncio.Queue[CandleUpdate] = asyncio.Queue()
-        handle = await world.client.start_realtime_stream(MARKET, "1m", got.put)
+        interval = Interval.parse(world.streamed_interval)
+        handle = await world.client.start_realtime_stream(MARKET, interval.name, got.put)
         await world.subscribed()
         async with asyncio.timeout(10):
             for price in (100.0, 101.0):
                 await world.push(candle(0, price))
                 update = await got.get()
-                assert (update.market, update.interval) == (MARKET, "1m")
-                assert update.candle == candle(0, price)
+                assert (update.market, update.interval) == (MARKET, interval.name)
+                opened = interval.floor(OPEN)
+                assert update.candle == replace(candle(0, price), timestamp=opened)
             await handle.stop()
             await handle.stop()
             await handle.wait()
         await world.push(candle(0, 102.0))
         assert got.empty()
 
+    async def test_trades_arrive_as_they_happened(self, world: ExchangeWorld) -> None:
+        got: asyncio.Queue[Sequence[Trade]] = asyncio.Queue()
+        handle = await world.client.start_trade_stream(MARKET, got.put)
+        await world.subscribed()
+        told: list[Trade] = []
+        async with asyncio.timeout(10):
+            wanted = await world.push_trades(100.0, 101.0)
+            wanted += await world.push_trades(102.5)
+            while len(told) < len(wanted):
+                told += await got.get()
+        assert sorted(told, key=lambda trade: trade.timestamp) == wanted
+        await handle.stop()
+        await world.push_trades(99.0)
+        assert got.empty()
+
+    async def test_the_ticker_is_told(self, world: ExchangeWorld) -> None:
+        world.put(minutes(10, 0))
+        got: asyncio.Queue[Ticker] = asyncio.Queue()
+        handle = await world.client.start_ticker_stream(MARKET, got.put)
+        await world.subscribed()
+        async with asyncio.timeout(10):
+            wanted = await world.push_ticker()
+            while (ticker := await got.get()).timestamp < wanted.timestamp:
+                pass
+        assert ticker == wanted
+        await handle.stop()
+
+    async def test_the_book_is_kept_and_its_changes_are_told(self, world: ExchangeWorld) -> None:
+        changed = asyncio.Event()
+        handle = await world.client.start_order_book_stream(MARKET, on_change=changed.set)
+        await world.subscribed()
+        async with asyncio.timeout(10):
+            for bid, ask in ((99.0, 101.0), (99.5, 100.5)):
+                await world.push_book(bid, ask)
+                while (book := handle.snapshot()) is None or (
+                    (book.bids[0][0], book.asks[0][0]) != (bid, ask)
+                ):
+                    changed.clear()
+                    await changed.wait()
+            await handle.stop()
+        assert handle.snapshot() is None
+
+    async def test_the_book_is_had_by_request_too(self, world: ExchangeWorld) -> None:
+        await world.push_book(99.0, 101.0)
+        async with asyncio.timeout(10):
+            book = await world.client.fetch_order_book(MARKET)
+        assert (book.bids[0][0], book.asks[0][0]) == (99.0, 101.0)
+        assert abs(book.timestamp - NOW) < 10_000
+
     async def test_resetting_ends_every_stream_with_an_error(self, world: ExchangeWorld) -> None:
         got: asyncio.Queue[CandleUpdate] = asyncio.Queue()
-        handle = await world.client.start_realtime_stream(MARKET, "1m", got.put)
+        handle = await world.client.start_realtime_stream(MARKET, world.streamed_interval, got.put)
         await world.subscribed()
         book = await world.client.start_order_book_stream(MARKET)
         await world.subscribed()
@@ -178,7 +248,7 @@ class ExchangeClientContract:
 
     async def test_nothing_works_after_closing(self, world: ExchangeWorld) -> None:
         got: asyncio.Queue[CandleUpdate] = asyncio.Queue()
-        handle = await world.client.start_realtime_stream(MARKET, "1m", got.put)
+        handle = await world.client.start_realtime_stream(MARKET, world.streamed_interval, got.put)
         await world.client.close()
         await world.client.close()
         async with asyncio.timeout(10):
@@ -186,4 +256,4 @@ class ExchangeClientContract:
         with pytest.raises(ExchangeUnavailable):
             await world.client.check_coin_availability("BTC")
         with pytest.raises(ExchangeUnavailable):
-            await world.client.start_realtime_stream(MARKET, "1m", got.put)
+            await world.client.start_realtime_stream(MARKET, world.streamed_interval, got.put)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, Self, TypeVar, cast
 
 import ccxt.pro
 
 from config import Settings
-from domain.candle import Candle
+from domain.candle import Candle, CandleUpdate
 from domain.clock import IClock
 from domain.interval import KNOWN_INTERVALS, Interval
 from domain.order_book import BOOK_DEPTH, OrderBook
 from domain.time_range import RangeSet, TimeRange
+from domain.trade import Trade
 from errors import InvalidRequest
 from exchange_source.interfaces import (
     BadExchangeAnswer,
@@ -45,6 +47,7 @@ from exchange_source.plugins.ccxt_feeds import (
 )
 from exchange_source.plugins.ccxt_guards import ANSWER, Answer, VendorGuards, guarded, redirect_urls
 from exchange_source.plugins.ccxt_values import to_candle, to_order_book
+from exchange_source.plugins.traded_candles import TradedCandles
 from exchange_source.proof import PageProof
 
 # Real seconds: how old the list of markets may be before it is asked for again, for a coin that
@@ -91,6 +94,16 @@ class CCXTExchangeClient(IExchangeAPIClient):
     requests_per_second: ClassVar[float] = 10.0
     concurrency: ClassVar[int] = 4
     guards: ClassVar[type[VendorGuards]] = VendorGuards
+    options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """ccxt's own options for this exchange."""
+    kept_levels: ClassVar[int | None] = BOOK_DEPTH
+    """Levels of a live book that ccxt keeps a side; None, all that it is told of, where updates are
+    of the whole book: of a book that is cut off, what moves up into it is never told."""
+    streamed_intervals: ClassVar[frozenset[str] | None] = None
+    """The intervals whose candles the exchange streams; those of the others are made of trades, and
+    provisional. None where it streams them all."""
+    asks_backwards: ClassVar[bool] = False
+    """Whether rows are asked for by the end of a window alone, so that some may lie before it."""
     unaligned_intervals: ClassVar[frozenset[str]] = frozenset({"3d", "1w"})
     """Intervals left out because exchanges do not agree where their periods begin."""
 
@@ -142,10 +155,12 @@ class CCXTExchangeClient(IExchangeAPIClient):
                 # The limiter paces; ccxt's own would keep the slots of calls that were cancelled.
                 "enableRateLimit": False,
                 "timeout": round(self._timeout_s * 1000),
+                "options": dict(self.options),
             }
         )
         vendor.public_name = self.exchange_name
         vendor.closing = set()
+        vendor.ask_for_book = self._ask_for_book
         # Currencies need an account on some exchanges, and nothing here needs currencies.
         vendor.has["fetchCurrencies"] = False
         if endpoint is not None:
@@ -233,6 +248,9 @@ class CCXTExchangeClient(IExchangeAPIClient):
         book, _ = await self._request(
             priority, lambda: self.vendor.fetch_order_book(market, BOOK_DEPTH)
         )
+        if book["timestamp"] is None:
+            # Not every exchange says of when its answer is; by its own clock it is of now.
+            book["timestamp"] = self._clock.now_ms() + self._skew_ms
         return to_order_book(book, BOOK_DEPTH, self.exchange_name)
 
     async def start_realtime_stream(
@@ -240,11 +258,24 @@ class CCXTExchangeClient(IExchangeAPIClient):
     ) -> IStreamHandle:
         self._check_open()
         period = self._interval(interval)
+        if self.streamed_intervals is not None and interval not in self.streamed_intervals:
+            return await self._start_traded_candles(market, period, callback)
         feed = self._feed(
             ("candles", market, interval),
             lambda **kwargs: CandleFeed(self, market, period, **kwargs),
         )
         return _joined(Stream(feed, callback), feed)
+
+    async def _start_traded_candles(
+        self, market: str, period: Interval, callback: UpdateCallback
+    ) -> IStreamHandle:
+        candles = TradedCandles(period)
+
+        async def take(trades: Sequence[Trade]) -> None:
+            for candle in candles.add(trades):
+                await callback(CandleUpdate(self.exchange_name, market, period.name, candle))
+
+        return await self.start_trade_stream(market, take)
 
     async def start_trade_stream(self, market: str, callback: TradesCallback) -> IStreamHandle:
         self._check_open()
@@ -265,7 +296,8 @@ class CCXTExchangeClient(IExchangeAPIClient):
     ) -> IOrderBookHandle:
         self._check_open()
         feed = self._feed(
-            ("order_book", market, ""), lambda **kwargs: OrderBookFeed(self, market, **kwargs)
+            ("order_book", market, ""),
+            lambda **kwargs: OrderBookFeed(self, market, self.kept_levels, **kwargs),
         )
         return _joined(OrderBookStream(feed, on_change), feed)
 
@@ -295,7 +327,11 @@ class CCXTExchangeClient(IExchangeAPIClient):
         """Ask for the list of markets again when it is needed next."""
         self._doubted = True
 
-    def candle_query(self, window: TimeRange) -> tuple[int | None, int, dict[str, Any]]:
+    def candle_query(
+        self,
+        window: TimeRange,
+        period: Interval,  # noqa: ARG002  for subclasses
+    ) -> tuple[int | None, int, dict[str, Any]]:
         """``since``, ``limit`` and ``params`` for ccxt's ``fetch_ohlcv`` to ask for one window."""
         return window.start, self.page_rows, {"until": window.end - 1}
 
@@ -304,15 +340,19 @@ class CCXTExchangeClient(IExchangeAPIClient):
     ) -> HistoricalData:
         proof = PageProof(period, page, rows=self.page_rows, grace_ms=self.grace_ms)
         while (window := proof.next_window()) is not None:
-            rows, exchange_time = await self._fetch_window(market, period, window, priority)
+            rows, exchange_time = await self.fetch_rows(market, period, window, priority)
             proof.add(window, rows, exchange_time)
         return proof.conclude()
 
-    async def _fetch_window(
+    async def fetch_rows(
         self, market: str, period: Interval, window: TimeRange, priority: Priority
     ) -> tuple[list[Candle], int]:
-        """The rows that one request gives of ``window``, checked, and the exchange's time."""
-        since, limit, params = self.candle_query(window)
+        """The rows of ``window``, checked, ascending, and the exchange's time.
+
+        Of more rows than fit into an answer it is the newest; none means that there is none in the
+        whole window, however long that is.
+        """
+        since, limit, params = self.candle_query(window, period)
         rows, exchange_time = await self._request(
             priority,
             lambda: self.vendor.fetch_ohlcv(market, period.name, since, limit, params),
@@ -324,7 +364,8 @@ class CCXTExchangeClient(IExchangeAPIClient):
         if any(later <= earlier for earlier, later in pairwise(times)):
             raise BadExchangeAnswer(f"{self.exchange_name}: candles of {market} are out of order")
         # Exchanges do not agree whether the ends of a window belong to it: one period of slack.
-        slack = TimeRange(window.start - period.milliseconds, window.end + period.milliseconds)
+        earliest = 0 if self.asks_backwards else window.start - period.milliseconds
+        slack = TimeRange(earliest, window.end + period.milliseconds)
         for time in times:
             if time not in slack:
                 raise BadExchangeAnswer(
@@ -374,6 +415,13 @@ class CCXTExchangeClient(IExchangeAPIClient):
             delay = _DEFAULT_PENALTY_S
         if delay is not None:
             self._limiter.penalize(min(delay, _LONGEST_PENALTY_S))
+
+    async def _ask_for_book(self, market: str, levels: int | None) -> Any:
+        """The book that a live one begins with, as ccxt gives it."""
+        book, _ = await self._request(
+            Priority.LIVE, lambda: self.vendor.fetch_order_book(market, levels)
+        )
+        return book
 
     async def _load_markets(self, priority: Priority, max_age_s: float) -> None:
         """Have a list of markets that is no older than ``max_age_s`` real seconds.

@@ -336,21 +336,24 @@ class TickerFeed(Feed):
 
 
 class OrderBookFeed(Feed):
-    """The live book of one market."""
+    """The live book of one market, of which ccxt keeps so many levels a side, or all."""
 
-    def __init__(self, source: IFeedSource, market: str, **kwargs: Any) -> None:
+    def __init__(self, source: IFeedSource, market: str, levels: int | None, **kwargs: Any) -> None:
         super().__init__(source, market, **kwargs)
+        self._levels = levels
         self._live: Any = None
 
     async def _watch(self) -> Any:
         # A fresh dictionary each time: ccxt writes into the one that it is given, or into its own
         # default.
-        return await self._source.vendor.watch_order_book(self._market, BOOK_DEPTH, {})
+        return await self._source.vendor.watch_order_book(self._market, self._levels, {})
 
     async def _unwatch(self) -> None:
         await self._source.vendor.un_watch_order_book(self._market, {})
 
     async def _take(self, news: Any) -> None:
+        if news["timestamp"] is None:
+            return  # a snapshot that does not say of when it is; the first update does
         to_order_book(news, 1, self._source.get_exchange_name())
         self._live = news
         self._tell_change(self.streams)

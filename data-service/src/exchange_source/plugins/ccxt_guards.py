@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -66,13 +67,14 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
 
     public_name: str
     closing: set[asyncio.Task[None]]
+    ask_for_book: Callable[[str, int | None], Awaitable[Any]]
 
     def document_problem(self, response: Any) -> str | None:  # noqa: ARG002  a hook
         """What a decoded document lacks to be one of this exchange's at all, or None."""
         return None
 
-    def answer_problem(self, response: Any) -> str | None:  # noqa: ARG002  a hook
-        """What a decoded answer that reports no error lacks to be believed, or None."""
+    def answer_problem(self, url: str, response: Any) -> str | None:  # noqa: ARG002  a hook
+        """What a decoded answer of ``url`` that reports no error lacks to be believed, or None."""
         return None
 
     def refused_watches(self, message: Any) -> tuple[list[str], ExchangeError] | None:  # noqa: ARG002
@@ -118,9 +120,18 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         except BaseError as exc:
             delay = parse_retry_after(received, real_ms=now)
             raise translate(exc, name, retry_after=delay) from exc
-        if code < 400 and (problem := self.answer_problem(response)):
+        if code < 400 and (problem := self.answer_problem(url, response)):
             raise BadExchangeAnswer(f"{name}: answer {problem}: {body[:200]}")
         return result
+
+    async def fetch_rest_order_book_safe(
+        self,
+        symbol: str,
+        limit: int | None = None,
+        params: Any = None,  # noqa: ARG002  ccxt passes what its caller gave it, and ours give none
+    ) -> Any:
+        # What a live book begins with is a request like any other: once, and within the limits.
+        return await self.ask_for_book(symbol, limit)
 
     def open(self, *args: Any, **kwargs: Any) -> None:
         super().open(*args, **kwargs)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from ccxt.base.errors import BaseError
 
+from domain.interval import Interval
 from domain.time_range import TimeRange
 from exchange_source.interfaces import ExchangeError, ExchangeUnavailable
 from exchange_source.plugins.ccxt_errors import translate
@@ -25,7 +26,7 @@ class CryptocomGuards(VendorGuards):
         coded = isinstance(response, dict) and "code" in response
         return None if coded else "has no code"
 
-    def answer_problem(self, response: Any) -> str | None:
+    def answer_problem(self, url: str, response: Any) -> str | None:  # noqa: ARG002  all are alike
         result = response.get("result")
         data = result.get("data") if isinstance(result, dict) else None
         if not isinstance(data, list):
@@ -103,7 +104,11 @@ class CryptocomExchange(CCXTExchangeClient):
     concurrency: ClassVar[int] = 8
     guards: ClassVar[type[VendorGuards]] = CryptocomGuards
 
-    def candle_query(self, window: TimeRange) -> tuple[int | None, int, dict[str, Any]]:
+    def candle_query(
+        self,
+        window: TimeRange,
+        period: Interval,  # noqa: ARG002  it asks by the window's ends
+    ) -> tuple[int | None, int, dict[str, Any]]:
         # Not by ccxt's `since`: alone it gives the last 25 rows, and with a limit `until` is
         # ignored. A millisecond off the periods' opens, it does not matter whether the exchange
         # counts the ends of a window in.
