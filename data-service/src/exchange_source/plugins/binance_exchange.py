@@ -171,6 +171,7 @@ class BinanceExchange(CCXTExchangeClient):
     requests_per_second: ClassVar[float] = 20.0
     concurrency: ClassVar[int] = 8
     guards: ClassVar[type[VendorGuards]] = BinanceGuards
+    books_are_timed: ClassVar[bool] = False
     asks_backwards: ClassVar[bool] = True
     kept_levels: ClassVar[int | None] = None
     options: ClassVar[Mapping[str, Any]] = MappingProxyType(

@@ -102,6 +102,8 @@ class CCXTExchangeClient(IExchangeAPIClient):
     streamed_intervals: ClassVar[frozenset[str] | None] = None
     """The intervals whose candles the exchange streams; those of the others are made of trades, and
     provisional. None where it streams them all."""
+    books_are_timed: ClassVar[bool] = True
+    """Whether a book by REST says of when it is; else it is taken to be of now."""
     asks_backwards: ClassVar[bool] = False
     """Whether rows are asked for by the end of a window alone, so that some may lie before it."""
     unaligned_intervals: ClassVar[frozenset[str]] = frozenset({"3d", "1w"})
@@ -248,8 +250,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
         book, _ = await self._request(
             priority, lambda: self.vendor.fetch_order_book(market, BOOK_DEPTH)
         )
-        if book["timestamp"] is None:
-            # Not every exchange says of when its answer is; by its own clock it is of now.
+        if not self.books_are_timed:
             book["timestamp"] = self._clock.now_ms() + self._skew_ms
         return to_order_book(book, BOOK_DEPTH, self.exchange_name)
 
