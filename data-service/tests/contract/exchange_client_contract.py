@@ -64,7 +64,8 @@ class ExchangeWorld(ABC):
 
     @abstractmethod
     async def push_book(self, bid: float, ask: float) -> None:
-        """Let the best bid and ask of ``MARKET`` be these, and be told."""
+        """Let the best bid and ask of ``MARKET`` be these, with other amounts than before, and let
+        that be told."""
 
     @abstractmethod
     async def subscribed(self) -> None:
@@ -215,14 +216,18 @@ class ExchangeClientContract:
         changed = asyncio.Event()
         handle = await world.client.start_order_book_stream(MARKET, on_change=changed.set)
         await world.subscribed()
+
+        def best() -> tuple[float, float] | None:
+            book = handle.snapshot()
+            return None if book is None else (book.bids[0][0], book.asks[0][0])
+
         async with asyncio.timeout(10):
             for bid, ask in ((99.0, 101.0), (99.5, 100.5)):
-                await world.push_book(bid, ask)
-                while (book := handle.snapshot()) is None or (
-                    (book.bids[0][0], book.asks[0][0]) != (bid, ask)
-                ):
-                    changed.clear()
-                    await changed.wait()
+                changed.clear()
+                while best() != (bid, ask):
+                    # Again and again, for a snapshot may need one more update to have a time.
+                    await world.push_book(bid, ask)
+                assert changed.is_set()
             await handle.stop()
         assert handle.snapshot() is None
 

@@ -37,8 +37,8 @@ TICK_MS = 2_000
 PLUGINS = (CryptocomExchange, BinanceExchange)
 
 
-def book(bid: float, ask: float, timestamp: int = NOW) -> OrderBook:
-    return OrderBook(timestamp, bids=((bid, 1.0), (bid - 1, 2.0)), asks=((ask, 1.5),))
+def book(bid: float, ask: float, amount: float) -> OrderBook:
+    return OrderBook(NOW, bids=((bid, amount), (bid - 1, 2.0)), asks=((ask, 1.5),))
 
 
 class FakeWorld(ExchangeWorld):
@@ -69,7 +69,7 @@ class FakeWorld(ExchangeWorld):
         return ticker
 
     async def push_book(self, bid: float, ask: float) -> None:
-        self.client.change_book(book(bid, ask))
+        self.client.change_book(book(bid, ask, next(self._numbers)))
 
     async def subscribed(self) -> None:
         pass
@@ -135,7 +135,7 @@ class SandboxWorld(ExchangeWorld):
         )
 
     async def push_book(self, bid: float, ask: float) -> None:
-        self._prices.books[BTC] = book(bid, ask)
+        self._prices.books[BTC] = book(bid, ask, next(self._numbers))
         await self._clock.advance(TICK_MS)
 
     async def subscribed(self) -> None:
