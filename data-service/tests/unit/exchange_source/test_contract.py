@@ -11,34 +11,24 @@ import pytest
 from domain.candle import Candle, CandleUpdate
 from domain.clock import MarketClock
 from domain.interval import Interval
-from domain.order_book import OrderBook
 from domain.ticker import Ticker
 from domain.trade import Trade
-from exchange_source.limiter import RequestLimiter
 from exchange_source.plugins.binance_exchange import BinanceExchange
 from exchange_source.plugins.ccxt_exchange import CCXTExchangeClient
 from exchange_source.plugins.cryptocom_exchange import CryptocomExchange
-from sandbox.app import RunningSandbox, SandboxConfig, running_sandbox
-from sandbox.prices import Trade as SandboxTrade
+from sandbox.app import SandboxConfig, running_sandbox
 from tests.contract.exchange_client_contract import (
     MARKET,
     NOW,
     ExchangeClientContract,
     ExchangeWorld,
 )
-from tests.support.clock import ManualClock, settle_loop
+from tests.support.clock import ManualClock
 from tests.support.exchange import FakeExchange
-from tests.support.scripted_prices import BTC, ScriptedPrices
-from tests.unit.exchange_source.plugins.crypto_com_server import until
+from tests.support.plugin_world import book, plugin_world
 
 MINUTE = 60_000
-# A multiple of the pace of every feed of the sandbox.
-TICK_MS = 2_000
 PLUGINS = (CryptocomExchange, BinanceExchange)
-
-
-def book(bid: float, ask: float, amount: float) -> OrderBook:
-    return OrderBook(NOW, bids=((bid, amount), (bid - 1, 2.0)), asks=((ask, 1.5),))
 
 
 class FakeWorld(ExchangeWorld):
@@ -75,75 +65,6 @@ class FakeWorld(ExchangeWorld):
         pass
 
 
-class SandboxWorld(ExchangeWorld):
-    """A plugin before a sandbox whose market, and whose time, stand still until they are moved."""
-
-    def __init__(
-        self,
-        plugin: type[CCXTExchangeClient],
-        sandbox: RunningSandbox,
-        prices: ScriptedPrices,
-        clock: ManualClock,
-    ) -> None:
-        limiter = RequestLimiter(clock, name=plugin.exchange_name, rate=1e9, concurrency=4)
-        self.client = plugin(clock=ManualClock(NOW), endpoint=sandbox.url, limiter=limiter)
-        streamed = plugin.streamed_intervals
-        self.streamed_interval = "1m" if streamed is None else min(streamed)
-        self._sandbox = sandbox
-        self._prices = prices
-        self._clock = clock
-        self._feeds = 0
-        self._numbers = itertools.count(1)
-
-    def put(self, candles: Iterable[Candle]) -> None:
-        self._prices.put(BTC, candles)
-
-    def set_time(self, market_ms: int) -> None:
-        self._sandbox.venue.clock.skew_ms = market_ms - self._clock.now_ms()
-
-    async def push(self, candle: Candle) -> None:
-        self.put([candle])
-        await self._clock.advance(TICK_MS)
-
-    async def push_trades(self, *prices: float) -> list[Trade]:
-        now = self._clock.now_ms()
-        trades = [
-            SandboxTrade(number, now + number, price, 0.5, "sell" if number % 2 else "buy")
-            for price, number in zip(prices, self._numbers, strict=False)
-        ]
-        self._prices.put_trades(BTC, *trades)
-        await self._clock.advance(TICK_MS)
-        return [
-            Trade(str(trade.id), trade.timestamp, trade.price, trade.amount, trade.side)
-            for trade in trades
-        ]
-
-    async def push_ticker(self) -> Ticker:
-        await self._clock.advance(TICK_MS)
-        told = self._sandbox.venue.ticker(BTC)
-        (bid, _), (ask, _) = told.book.bids[0], told.book.asks[0]
-        assert told.change is not None
-        return Ticker(
-            timestamp=told.timestamp,
-            last=told.last,
-            bid=bid,
-            ask=ask,
-            high=told.high,
-            low=told.low,
-            base_volume=told.volume,
-            change_percent=round(told.change * 100, 3),
-        )
-
-    async def push_book(self, bid: float, ask: float) -> None:
-        self._prices.books[BTC] = book(bid, ask, next(self._numbers))
-        await self._clock.advance(TICK_MS)
-
-    async def subscribed(self) -> None:
-        self._feeds += 1
-        await until(lambda: len(self._sandbox.hub.running_feeds) >= self._feeds)
-        await settle_loop()
-
-
 class TestFakeExchange(ExchangeClientContract):
     @pytest.fixture
     def world(self) -> ExchangeWorld:
@@ -153,11 +74,8 @@ class TestFakeExchange(ExchangeClientContract):
 class TestPlugins(ExchangeClientContract):
     @pytest.fixture(params=PLUGINS, ids=lambda plugin: plugin.exchange_name)
     async def world(self, request: pytest.FixtureRequest) -> AsyncIterator[ExchangeWorld]:
-        clock, prices = ManualClock(NOW), ScriptedPrices()
-        async with running_sandbox(SandboxConfig(prices=prices, market_clock=clock)) as sandbox:
-            world = SandboxWorld(request.param, sandbox, prices, clock)
+        async with plugin_world(request.param) as world:
             yield world
-            await world.client.close()
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda plugin: plugin.exchange_name)
