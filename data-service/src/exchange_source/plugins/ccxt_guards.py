@@ -88,6 +88,9 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         """The message hashes of the watches that ``message`` has news for; none if unknown."""
         return []
 
+    def handle_more(self, client: Any, message: Any) -> None:
+        """Take from ``message`` what ccxt leaves out of the protocol."""
+
     def handle_errors(
         self,
         code: int,
@@ -183,6 +186,7 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         if refused is None:
             try:
                 super().handle_message(client, message)
+                self.handle_more(client, message)
             except TRANSLATED as exc:
                 # What one market sends must not cost the others their connection.
                 hashes = self.topics_of(message)

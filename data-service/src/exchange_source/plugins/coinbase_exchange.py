@@ -29,17 +29,13 @@ _STREAMED: Final = "5m"
 _DAY: Final = Interval.parse("1d")
 # 2012-01-01: nothing was traded here before.
 _FIRST_DAY_MS: Final = 1_325_376_000_000
+_CANDLES_KEPT: Final = 100
+_TRADES_KEPT: Final = 1_000
 # The field that an answer of a path cannot do without.
 _CONTENT: Final = {
     "candles": "candles",
     "products": "products",
     "product_book": "pricebook",
-}
-_TOPICS: Final = {
-    "l2_data": "level2",
-    "market_trades": "market_trades",
-    "ticker": "ticker",
-    "candles": "candles",
 }
 
 
@@ -51,6 +47,12 @@ class CoinbaseGuards(VendorGuards):
         if wanted is None or (isinstance(response, dict) and response.get(wanted) is not None):
             return None
         return f"has no {wanted}"
+
+    async def v3PublicGetBrokerageMarketProducts(self, params: Any = None) -> Any:  # noqa: N802  ccxt's
+        # ccxt asks for futures too, a second request in the slot of one.
+        if params and params.get("product_type") == "FUTURE":
+            return {}
+        return await super().v3PublicGetBrokerageMarketProducts(params or {})
 
     def client(self, url: str) -> Any:
         socket = super().client(url)
@@ -86,8 +88,6 @@ class CoinbaseGuards(VendorGuards):
                 )
                 return
         super().handle_message(client, message)
-        if isinstance(message, dict) and message.get("channel") == "candles":
-            self._handle_candles(client, message)
 
     def topics_of(self, message: Any) -> list[str]:
         channel = message.get("channel") if isinstance(message, dict) else None
@@ -108,7 +108,7 @@ class CoinbaseGuards(VendorGuards):
                 for symbol in self._symbols(trade["product_id"]):
                     told.setdefault(symbol, []).append(self.parse_trade(trade))
         for symbol, trades in told.items():
-            cache = self.trades.setdefault(symbol, ArrayCache(self.options["tradesLimit"]))
+            cache = self.trades.setdefault(symbol, ArrayCache(_TRADES_KEPT))
             for trade in trades:
                 cache.append(trade)
             client.resolve(cache, f"market_trades::{symbol}")
@@ -143,14 +143,16 @@ class CoinbaseGuards(VendorGuards):
         self.clean_unsubscription(socket, message_hash, None)
         self.clean_cache({"topic": topic, "symbols": [symbol]})
 
-    def _handle_candles(self, client: Any, message: Any) -> None:
+    def handle_more(self, client: Any, message: Any) -> None:
+        if message.get("channel") != "candles":
+            return
         told: dict[str, Any] = {}
         for event in message["events"]:
             for candle in sorted(event["candles"], key=lambda candle: int(candle["start"])):
                 for symbol in self._symbols(candle["product_id"]):
                     series = self.ohlcvs.setdefault(symbol, {})
                     if _STREAMED not in series:
-                        series[_STREAMED] = ArrayCacheByTimestamp(self.options["OHLCVLimit"])
+                        series[_STREAMED] = ArrayCacheByTimestamp(_CANDLES_KEPT)
                     series[_STREAMED].append(self.parse_ohlcv(candle))
                     told[symbol] = series[_STREAMED]
         for symbol, cache in told.items():
