@@ -15,6 +15,8 @@ from aiohttp.typedefs import Handler, Middleware
 
 from domain.clock import IClock, MarketClock, http_date
 from sandbox.binance import BinanceProtocol
+from sandbox.coinbase import CoinbaseProtocol
+from sandbox.coinbase_streams import CoinbaseTimes
 from sandbox.control import PREFIX as CONTROL
 from sandbox.control import Control, RequestLog, answer
 from sandbox.cryptocom import MESSAGE_LIMIT, CryptocomProtocol
@@ -41,7 +43,8 @@ class SandboxConfig:
     ``history_start_ms`` on; ``prices`` goes before both. ``skew_ms`` is how far the exchange's
     clock is ahead of the market's.
     Every answer is held back for ``answer_delay_ms`` of real time. Above ``rate_limit`` requests
-    in a second it answers 429; None is no limit. ``heartbeat_s`` is in real seconds.
+    in a second it answers 429; None is no limit. ``heartbeat_s`` is in real seconds, and so is how
+    patient Coinbase's sockets are.
     """
 
     seed: int = 1
@@ -53,6 +56,7 @@ class SandboxConfig:
     answer_delay_ms: int = 0
     rate_limit: int | None = None
     heartbeat_s: float = 30.0
+    coinbase_times: CoinbaseTimes = field(default_factory=CoinbaseTimes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ def create_sandbox(config: SandboxConfig) -> web.Application:
     protocols: list[IProtocol] = [
         CryptocomProtocol(venue, hub, heartbeat_s=config.heartbeat_s),
         BinanceProtocol(flat, hub, heartbeat_s=config.heartbeat_s),
+        CoinbaseProtocol(venue, hub, times=config.coinbase_times),
     ]
     app = web.Application(
         middlewares=[

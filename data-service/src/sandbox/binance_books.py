@@ -91,6 +91,7 @@ class DepthFeed(Feed):
         encode: Callable[[Sequence[Level], Sequence[Level], int, int, int], str],
     ) -> None:
         super().__init__(venue, instrument, key, "book")
+        self.is_chained = True
         self._states = states
         self._rhythm_ms = rhythm_ms
         self._encode = encode

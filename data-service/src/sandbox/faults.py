@@ -20,9 +20,14 @@ _REST_FILTERS: Final = frozenset({"path", "instrument", "timeframe"})
 _CANDLE_FILTERS: Final = frozenset({"instrument", "timeframe"})
 _FRAME_FILTERS: Final = frozenset({"instrument", "timeframe", "channel"})
 _FOR_ALL: Final = frozenset({"count", "seconds"})
+_FOR_ONE_FRAME: Final = frozenset({"ws_broken_frame", "ws_sequence_gap"})
 _MOST_FAULTS: Final = 1_000
 
-# What each kind takes beside ``count`` and ``seconds``, and what it cannot do without.
+# What each kind takes beside ``count`` and ``seconds``, and what it cannot do without. Of those
+# that are about frames, mute_sockets loses them without a sign where nothing numbers them;
+# ws_sequence_gap loses only such whose reader can tell: a book's update that the next one is
+# chained to, or any frame of a connection that counts them, whose number is then used up. Like
+# ws_broken_frame it hits one frame unless asked for more.
 KINDS: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
     "drop_sockets": (frozenset(), frozenset()),
     "mute_sockets": (_FRAME_FILTERS, frozenset()),
@@ -33,6 +38,7 @@ KINDS: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
     "rest_missing_rows": (_CANDLE_FILTERS | {"rows", "timestamps"}, frozenset()),
     "rest_hang": (_REST_FILTERS, frozenset()),
     "ws_broken_frame": (_FRAME_FILTERS, frozenset()),
+    "ws_sequence_gap": (_FRAME_FILTERS, frozenset()),
     "candle_late": (_CANDLE_FILTERS | {"after_close"}, frozenset({"after_close"})),
     "candle_provisional": (_CANDLE_FILTERS | {"after_close"}, frozenset({"after_close"})),
     "candle_revised": (_CANDLE_FILTERS | {"timestamp", "at", "values"}, frozenset({"timestamp"})),
@@ -188,7 +194,7 @@ def _checked(asked: object) -> tuple[str, dict[str, Any]]:
             raise InvalidRequest(f"{kind}: {name} takes {problem}, got {value!r}")
     if missing := sorted(needs - fields.keys()):
         raise InvalidRequest(f"{kind} needs {', '.join(missing)}")
-    if kind == "ws_broken_frame":
+    if kind in _FOR_ONE_FRAME:
         fields.setdefault("count", 1)
     return kind, fields
 

@@ -1,9 +1,10 @@
 """WebSockets and the feeds that fill them, whatever the protocol.
 
 A feed exists once for all its subscribers and is paced by market time: every frame is encoded
-once. Each socket has a bounded outbox; a client that reads too slowly is dropped. Guarantees:
-frames of one feed arrive in order; no closed period that has a candle is skipped, unless a fault
-asks for it. A feed that nobody listens to does not run.
+once. What differs from client to client, such as a number, is put in as a frame is sent. Each
+socket has a bounded outbox; a client that reads too slowly is dropped. Guarantees: frames of one
+feed arrive in order; no closed period that has a candle is skipped, unless a fault asks for it. A
+feed that nobody listens to does not run.
 """
 
 from __future__ import annotations
@@ -37,14 +38,17 @@ _SHORT_PERIOD_MS: Final = 500
 _CANDLES_A_FRAME: Final = 50
 _TRADES_A_FRAME: Final = 200
 _FIRST_TRADES: Final = 10
-_FIRST_TRADES_MS: Final = 60_000
 _MOST_CHANNELS: Final = 400
 
 _log = logging.getLogger(__name__)
 
 
 class Feed(ABC):
-    """One channel: what to send to a new subscriber, and what at each tick to all of them."""
+    """One channel: what to send to a new subscriber, and what at each tick to all of them.
+
+    Of a feed that ``is_chained`` each frame after the first names the one before it, so that a
+    reader notices when one is left out.
+    """
 
     def __init__(self, venue: Venue, instrument: Instrument, key: str, channel: str) -> None:
         self.venue = venue
@@ -52,6 +56,7 @@ class Feed(ABC):
         self.key = key
         self.channel = channel
         self.timeframe: str | None = None
+        self.is_chained = False
 
     @abstractmethod
     def first(self) -> Sequence[str]:
@@ -74,7 +79,8 @@ class CandleFeed(Feed):
     """Forming candles about every ``rhythm_ms``, the final state at each close, then the next.
 
     ``encode`` makes a frame of candles that follow each other. With ``encode_final`` each final
-    candle has a frame of its own, which that makes.
+    candle has a frame of its own, which that makes. A new subscriber starts with the forming
+    candle; ``encode_first`` makes a frame of its own of that, also where nobody has traded yet.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class CandleFeed(Feed):
         interval: Interval,
         encode: Callable[[Sequence[Candle]], str],
         *,
+        encode_first: Callable[[Sequence[Candle]], str] | None = None,
         encode_final: Callable[[Candle], str] | None = None,
         rhythm_ms: int = _RHYTHM_MS,
     ) -> None:
@@ -92,6 +99,7 @@ class CandleFeed(Feed):
         self.timeframe = interval.name
         self._interval = interval
         self._encode = encode
+        self._encode_first = encode_first
         self._encode_final = encode_final
         self._rhythm_ms = rhythm_ms
         self._period = interval.floor(venue.clock.now_ms())
@@ -99,6 +107,8 @@ class CandleFeed(Feed):
 
     def first(self) -> Sequence[str]:
         forming = self.venue.forming(self.instrument, self._interval, self.venue.clock.now_ms())
+        if self._encode_first is not None:
+            return [self._encode_first([forming] if forming else [])]
         return [self._encode([forming])] if forming else []
 
     def next_tick(self, now: int) -> int:
@@ -149,7 +159,8 @@ class CandleFeed(Feed):
 
 class TradeFeed(Feed):
     """Every trade once, in order, in frames of up to ``most_a_frame``; a new subscriber starts
-    with the last ``backlog`` ones."""
+    with the last ``backlog`` ones, in frames of their own kind where ``encode_first`` makes them.
+    """
 
     def __init__(
         self,
@@ -158,44 +169,71 @@ class TradeFeed(Feed):
         key: str,
         encode: Callable[[Sequence[Trade]], str],
         *,
+        encode_first: Callable[[Sequence[Trade]], str] | None = None,
         backlog: int = _FIRST_TRADES,
         most_a_frame: int = _TRADES_A_FRAME,
     ) -> None:
         super().__init__(venue, instrument, key, "trade")
         self._encode = encode
+        self._encode_first = encode_first or encode
         self._backlog = backlog
         self._most_a_frame = most_a_frame
         self._told_until = venue.clock.now_ms() + 1
 
     def first(self) -> Sequence[str]:
-        part = TimeRange(self._told_until - _FIRST_TRADES_MS, self._told_until)
-        trades = self.venue.prices.trades(self.instrument, part)
-        return self._frames(trades[max(0, len(trades) - self._backlog) :])
+        part = TimeRange(0, self._told_until)
+        trades = self.venue.trades(self.instrument, part, self._backlog) if self._backlog else []
+        return self._frames(trades, self._encode_first)
 
     def tick(self, now: int) -> Sequence[str]:
         part = TimeRange(self._told_until, now + 1)
         self._told_until = now + 1
-        return self._frames(self.venue.prices.trades(self.instrument, part))
+        return self._frames(self.venue.prices.trades(self.instrument, part), self._encode)
 
-    def _frames(self, trades: Sequence[Trade]) -> Sequence[str]:
+    def _frames(
+        self, trades: Sequence[Trade], encode: Callable[[Sequence[Trade]], str]
+    ) -> Sequence[str]:
         size = self._most_a_frame
-        return [self._encode(trades[at : at + size]) for at in range(0, len(trades), size)]
+        return [encode(trades[at : at + size]) for at in range(0, len(trades), size)]
 
 
 class TickerFeed(Feed):
-    """The ticker about every second."""
+    """The ticker about every ``rhythm_ms``; ``when_traded`` only after somebody has.
+
+    A new subscriber starts with one of its own kind where ``encode_first`` makes it.
+    """
 
     def __init__(
-        self, venue: Venue, instrument: Instrument, key: str, encode: Callable[[Ticker], str]
+        self,
+        venue: Venue,
+        instrument: Instrument,
+        key: str,
+        encode: Callable[[Ticker], str],
+        *,
+        encode_first: Callable[[Ticker], str] | None = None,
+        rhythm_ms: int = _RHYTHM_MS,
+        when_traded: bool = False,
     ) -> None:
         super().__init__(venue, instrument, key, "ticker")
         self._encode = encode
+        self._encode_first = encode_first or encode
+        self._rhythm_ms = rhythm_ms
+        self._when_traded = when_traded
+        self._told_until = venue.clock.now_ms() + 1
 
     def first(self) -> Sequence[str]:
-        return [self._encode(self.venue.ticker(self.instrument))]
+        return [self._encode_first(self.venue.ticker(self.instrument))]
 
-    def tick(self, now: int) -> Sequence[str]:  # noqa: ARG002 - the ticker reads the clock itself
-        return self.first()
+    def next_tick(self, now: int) -> int:
+        return now + self.pace(self._rhythm_ms)
+
+    def tick(self, now: int) -> Sequence[str]:
+        since, self._told_until = self._told_until, now + 1
+        if self._when_traded and not self.venue.prices.trades(
+            self.instrument, TimeRange(since, now + 1)
+        ):
+            return []
+        return [self._encode(self.venue.ticker(self.instrument))]
 
 
 class BookFeed(Feed):
@@ -219,6 +257,7 @@ class BookFeed(Feed):
         self._depth = depth
         self._encode = encode
         self._encode_update = encode_update
+        self.is_chained = encode_update is not None
         self._book = venue.book(instrument, depth)
         self._number = self._book.timestamp
 
@@ -251,24 +290,52 @@ def changed_levels(before: Sequence[Level], after: Sequence[Level]) -> list[Leve
 
 
 class Socket:
-    """One client's WebSocket: channels, and an outbox that a task of its own empties."""
+    """One client's WebSocket: channels, and an outbox that a task of its own empties.
 
-    def __init__(self, number: int, ws: web.WebSocketResponse, transport: Any) -> None:
+    ``finish`` makes of a frame for all what this client gets: it is called once for each, in the
+    order in which they are sent, and for those that are lost on their way too. ``told`` is when
+    each channel had its last frame, or began, in real seconds.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        ws: web.WebSocketResponse,
+        transport: Any,
+        finish: Callable[[str], str] | None = None,
+    ) -> None:
         self.number = number
         self.channels: set[str] = set()
+        self.told: dict[str, float] = {}
         self.last_heard: float = 0.0
+        self._finish = finish
         self._ws = ws
         self._transport = transport
         self._outbox: asyncio.Queue[str] = asyncio.Queue(_OUTBOX)
 
-    def send(self, text: str) -> bool:
-        """Queue a frame; a client that lets its outbox run full is dropped (False)."""
+    @property
+    def is_numbered(self) -> bool:
+        """Whether its client can tell that a frame was lost."""
+        return self._finish is not None
+
+    def send(self, text: str, *, broken: bool = False) -> bool:
+        """Queue a frame, or but half of it where it is ``broken``.
+
+        A client that lets its outbox run full is dropped (False).
+        """
+        text = self._finished(text)
+        if broken:
+            text = text[: len(text) // 2]
         try:
             self._outbox.put_nowait(text)
         except asyncio.QueueFull:
             self.abort()
             return False
         return True
+
+    def lose(self, text: str) -> None:
+        """Let a frame be lost on its way: the client misses it, its number is used up."""
+        self._finished(text)
 
     def abort(self) -> None:
         """Break the TCP connection now, without a closing handshake."""
@@ -283,6 +350,9 @@ class Socket:
                 async with asyncio.timeout(_SEND_TIMEOUT_S):
                     await self._ws.send_str(text)
         self.abort()
+
+    def _finished(self, text: str) -> str:
+        return text if self._finish is None else self._finish(text)
 
 
 class Hub:
@@ -310,9 +380,14 @@ class Hub:
         return {key: len(sockets) for key, sockets in sorted(self._subscribers.items())}
 
     @contextlib.asynccontextmanager
-    async def connected(self, request: web.Request, ws: web.WebSocketResponse) -> Any:
+    async def connected(
+        self,
+        request: web.Request,
+        ws: web.WebSocketResponse,
+        finish: Callable[[str], str] | None = None,
+    ) -> Any:
         """The socket of ``ws``, which was prepared, for as long as it is open."""
-        socket = Socket(next(self._numbers), ws, request.transport)
+        socket = Socket(next(self._numbers), ws, request.transport, finish)
         socket.last_heard = self._venue.clock.monotonic()
         self._sockets[socket.number] = socket
         self.sockets_opened += 1
@@ -342,13 +417,15 @@ class Hub:
             task.add_done_callback(lambda done: self._on_feed_ended(key, done))
         self._subscribers[key].add(socket)
         socket.channels.add(key)
+        socket.told[key] = self._venue.clock.monotonic()
         for text in feed.first():
-            self._deliver(feed, socket, text)
+            self._tell(feed, socket, text, chained=False)
         return True
 
     def unsubscribe(self, socket: Socket, key: str) -> None:
         """Take the feed ``key`` from ``socket``; one that nobody has any more is stopped."""
         socket.channels.discard(key)
+        socket.told.pop(key, None)
         listening = self._subscribers.get(key)
         if listening is None:
             return
@@ -373,22 +450,43 @@ class Hub:
             await clock.sleep_until(feed.next_tick(clock.now_ms()))
             for text in feed.tick(clock.now_ms()):
                 for socket in list(self._subscribers[feed.key]):
-                    self._deliver(feed, socket, text)
+                    self._tell(feed, socket, text, chained=feed.is_chained)
 
-    def _deliver(self, feed: Feed, socket: Socket, text: str) -> None:
-        names = {
-            "instrument": feed.instrument.symbol,
-            "timeframe": feed.timeframe,
-            "channel": feed.channel,
-        }
-        faults = self._venue.faults
+    def _tell(self, feed: Feed, socket: Socket, text: str, *, chained: bool) -> None:
         if not self._venue.is_listed(feed.instrument):
             return
-        if faults.take("mute_sockets", **names) is not None:
-            return
-        if faults.take("ws_broken_frame", **names) is not None:
-            text = text[: len(text) // 2]
-        if socket.send(text):
+        socket.told[feed.key] = self._venue.clock.monotonic()
+        self.deliver(
+            socket,
+            text,
+            channel=feed.channel,
+            instrument=feed.instrument.symbol,
+            timeframe=feed.timeframe,
+            chained=chained,
+        )
+
+    def deliver(
+        self,
+        socket: Socket,
+        text: str,
+        *,
+        channel: str,
+        instrument: str | None = None,
+        timeframe: str | None = None,
+        chained: bool = False,
+    ) -> None:
+        """Send a frame to ``socket`` as far as the faults for what has these names let it through.
+
+        A frame that is ``chained`` to the one before, or numbered, may be left out as a gap.
+        """
+        names = {"instrument": instrument, "timeframe": timeframe, "channel": channel}
+        take = self._venue.faults.take
+        is_in_sequence = chained or socket.is_numbered
+        if take("mute_sockets", **names) is not None or (
+            is_in_sequence and take("ws_sequence_gap", **names) is not None
+        ):
+            socket.lose(text)
+        elif socket.send(text, broken=take("ws_broken_frame", **names) is not None):
             self.frames_sent += 1
         else:
             self.sockets_dropped_slow += 1

@@ -227,3 +227,50 @@ def values_of(candle: Candle) -> tuple[float, float, float, float, float]:
 def row_values(row: dict[str, Any]) -> tuple[float, ...]:
     """Open, high, low, close and volume of a REST row or a frame's candle."""
     return tuple(float(row[name]) for name in ("o", "h", "l", "c", "v"))
+
+
+@contextlib.asynccontextmanager
+async def coinbase_client(sandbox: RunningSandbox) -> AsyncIterator[Any]:
+    """A ``ccxt.pro`` client of Coinbase that asks the sandbox, and asks for no currencies."""
+    client = ccxt.pro.coinbase({"enableRateLimit": False})
+    client.urls["api"] = redirected(client.urls["api"], sandbox)
+    client.has["fetchCurrencies"] = False
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+class CoinbaseListener(Listener):
+    """A client of Coinbase's Advanced Trade WebSocket that reads frame by frame."""
+
+    async def send(self, kind: str, channel: str, *products: str) -> None:
+        await self.ws.send_json({"type": kind, "channel": channel, "product_ids": list(products)})
+
+    async def frame(self, channel: str) -> dict[str, Any]:
+        """The next frame of ``channel``."""
+        while True:
+            message = await self.message()
+            if message.get("channel") == channel:
+                return message
+
+    async def event(self, channel: str) -> dict[str, Any]:
+        """The only event of the next frame of ``channel``."""
+        (event,) = (await self.frame(channel))["events"]
+        content: dict[str, Any] = event
+        return content
+
+
+@contextlib.asynccontextmanager
+async def coinbase_listening(
+    sandbox: RunningSandbox, channel: str | None = None, *products: str
+) -> AsyncIterator[CoinbaseListener]:
+    """A socket that is subscribed to ``products`` of ``channel``."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{sandbox.ws_url}/") as ws,
+    ):
+        listener = CoinbaseListener(ws)
+        if channel is not None:
+            await listener.send("subscribe", channel, *products)
+        yield listener

@@ -207,6 +207,43 @@ async def test_a_broken_frame_is_no_json_and_the_next_one_is_whole(
     assert await http.hits(number) == 1
 
 
+async def test_a_sequence_gap_leaves_out_an_update_that_the_next_one_is_chained_to() -> None:
+    config = SandboxConfig(market_clock=clock_at(NOON_MS, speed=100))
+    async with (
+        running_sandbox(config) as sandbox,
+        http_to(sandbox) as http,
+        listening(
+            sandbox, "book.BTC_USD.10", book_subscription_type="SNAPSHOT_AND_UPDATE"
+        ) as listener,
+    ):
+        told = (await listener.data())["data"][0]["u"]
+        number = await http.fault(kind="ws_sequence_gap", channel="book", instrument="BTC/USD")
+        breaks = 0
+        for _ in range(12):
+            update = (await listener.data())["data"][0]
+            breaks += update["pu"] != told
+            told = update["u"]
+        assert breaks == 1
+        assert await http.hits(number) == 1
+
+
+async def test_a_sequence_gap_spares_frames_that_nothing_numbers() -> None:
+    config = SandboxConfig(market_clock=clock_at(NOON_MS, speed=100))
+    async with running_sandbox(config) as sandbox, http_to(sandbox) as http:
+        number = await http.fault(kind="ws_sequence_gap")
+        async with listening(
+            sandbox, "ticker.BTC_USD", "book.BTC_USD.10", "trade.BTC_USD"
+        ) as listener:
+            seen = {(await listener.data())["channel"] for _ in range(12)}
+        assert seen == {"ticker", "book", "trade"}
+        # Not even the whole book that updates start from.
+        async with listening(
+            sandbox, "book.ETH_USD.10", book_subscription_type="SNAPSHOT_AND_UPDATE"
+        ) as listener:
+            assert (await listener.data())["channel"] == "book"
+        assert await http.hits(number) <= 1
+
+
 async def test_a_late_candle_is_listed_some_time_after_its_end(http: Http) -> None:
     number = await http.fault(kind="candle_late", after_close=600, timeframe="1m")
     rows = await http.candles("BTC_USD", "1m", count=3)
