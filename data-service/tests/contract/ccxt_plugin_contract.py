@@ -193,6 +193,7 @@ class CcxtPluginContract:
         assert book.snapshot() is None
         world.sandbox.venue.faults.clear()
         again = await world.client.start_order_book_stream(MARKET)
+        await world.subscribed_anew()
         await self.told(world, again)
 
     async def test_a_lost_connection_ends_every_stream_and_what_follows_works(
@@ -205,6 +206,7 @@ class CcxtPluginContract:
                 await ended(handle)
         assert book.snapshot() is None
         again = await world.client.start_order_book_stream(MARKET)
+        await world.subscribed_anew()
         await self.told(world, again)
 
     async def test_a_book_of_which_an_update_was_lost_ends_and_what_follows_is_right(
@@ -218,6 +220,7 @@ class CcxtPluginContract:
             await ended(book)
         assert book.snapshot() is None
         again = await world.client.start_order_book_stream(MARKET)
+        await world.subscribed_anew()
         await self.told(world, again)
         async with asyncio.timeout(10):
             while (top := again.snapshot(1)) is None or top.bids[0][0] != 96.0:
@@ -244,6 +247,7 @@ class CcxtPluginContract:
             while world.sandbox.hub.running_feeds:
                 await settle_loop()
         again = await world.client.start_order_book_stream(MARKET)
+        await world.subscribed_anew()
         await self.told(world, again)
         assert world.sandbox.hub.sockets_opened == 1
 

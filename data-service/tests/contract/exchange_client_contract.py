@@ -201,7 +201,7 @@ class ExchangeClientContract:
         assert got.empty()
 
     async def test_the_ticker_is_told(self, world: ExchangeWorld) -> None:
-        world.put(minutes(10, 0))
+        world.put([candle(10, 80.0), *minutes(9, 0)])
         got: asyncio.Queue[Ticker] = asyncio.Queue()
         handle = await world.client.start_ticker_stream(MARKET, got.put)
         await world.subscribed()

@@ -80,7 +80,8 @@ class SandboxWorld(ExchangeWorld):
         ]
 
     async def push_ticker(self) -> Ticker:
-        await self._clock.advance(TICK_MS)
+        # Some exchanges tell it when something was traded.
+        await self.push_trades(100.0)
         told = self.sandbox.venue.ticker(BTC)
         (bid, _), (ask, _) = told.book.bids[0], told.book.asks[0]
         assert told.change is not None
@@ -103,6 +104,22 @@ class SandboxWorld(ExchangeWorld):
         """Let the whole book of the market be this one, and be told."""
         self.prices.books[BTC] = book
         await self._clock.advance(TICK_MS)
+
+    async def pass_time(self, milliseconds: int) -> None:
+        """Let time pass at the exchange."""
+        await self._clock.advance(milliseconds)
+
+    async def subscribed_anew(self) -> None:
+        """Wait until the exchange knows of a subscription that was started after others ended."""
+        hub = self.sandbox.hub
+
+        def is_subscribed() -> bool:
+            sockets = self.client.vendor.clients.values()
+            connected = any(socket.isConnected for socket in sockets)
+            return connected and hub.open_sockets == 1 and bool(hub.running_feeds)
+
+        await until(is_subscribed)
+        await settle_loop()
 
     async def subscribed(self) -> None:
         self._feeds += 1

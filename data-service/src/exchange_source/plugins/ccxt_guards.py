@@ -22,7 +22,12 @@ from urllib.parse import urlsplit
 import aiohttp
 from ccxt.base.errors import BaseError
 
-from exchange_source.interfaces import BadExchangeAnswer, ExchangeError
+from exchange_source.interfaces import (
+    BadExchangeAnswer,
+    ExchangeError,
+    ExchangeRefused,
+    ExchangeUnavailable,
+)
 from exchange_source.plugins.ccxt_errors import (
     TRANSLATED,
     Headers,
@@ -122,7 +127,11 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
             )
         except BaseError as exc:
             delay = parse_retry_after(received, real_ms=now)
-            raise translate(exc, name, retry_after=delay) from exc
+            error = translate(exc, name, retry_after=delay)
+            if code == 404 and type(error) is ExchangeUnavailable:
+                # What is asked for does not exist, where ccxt knows the words of it or not.
+                error = ExchangeRefused(error.message)
+            raise error from exc
         if code < 400 and (problem := self.answer_problem(url, response)):
             raise BadExchangeAnswer(f"{name}: answer {problem}: {body[:200]}")
         return result

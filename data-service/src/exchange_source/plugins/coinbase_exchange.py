@@ -26,7 +26,6 @@ _MESSAGE_PAUSE_S: Final = 0.2
 _PRODUCTS_A_MESSAGE: Final = 100
 _HEARTBEATS: Final = {"type": "subscribe", "channel": "heartbeats", "product_ids": []}
 _STREAMED: Final = "5m"
-_DAY: Final = Interval.parse("1d")
 # 2012-01-01: nothing was traded here before.
 _FIRST_DAY_MS: Final = 1_325_376_000_000
 _CANDLES_KEPT: Final = 100
@@ -48,11 +47,12 @@ class CoinbaseGuards(VendorGuards):
             return None
         return f"has no {wanted}"
 
-    async def v3PublicGetBrokerageMarketProducts(self, params: Any = None) -> Any:  # noqa: N802  ccxt's
-        # ccxt asks for futures too, a second request in the slot of one.
-        if params and params.get("product_type") == "FUTURE":
+    async def request(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        # Of markets ccxt asks for futures too: a second request in the slot of one.
+        params = args[2] if len(args) > 2 else kwargs.get("params")
+        if isinstance(params, dict) and params.get("product_type") == "FUTURE":
             return {}
-        return await super().v3PublicGetBrokerageMarketProducts(params or {})
+        return await super().request(path, *args, **kwargs)
 
     def client(self, url: str) -> Any:
         socket = super().client(url)
@@ -209,8 +209,8 @@ class CoinbaseExchange(CCXTExchangeClient):
         self, market: str, period: Interval, window: TimeRange, priority: Priority
     ) -> tuple[list[Candle], int]:
         # A longer window than one of `page_rows` periods is refused. So it is asked for in parts,
-        # newest first, until there are as many rows as would fit; where a part is empty, the days
-        # say where the next rows are.
+        # newest first, until there are as many rows as would fit; where a part is empty, longer
+        # candles say where the next rows are.
         rest = TimeRange(max(window.start, _FIRST_DAY_MS), window.end)
         rows: list[Candle] = []
         earliest: int | None = None
@@ -222,11 +222,18 @@ class CoinbaseExchange(CCXTExchangeClient):
             earliest = min(earliest or told_at, told_at)
             rows = older + rows
             rest = TimeRange(rest.start, start)
-            if rest and not older and period < _DAY:
-                days, told_at = await self.fetch_rows(
-                    market, _DAY, TimeRange(_DAY.floor(rest.start), rest.end), priority
-                )
+            longer = self._longer(period)
+            if rest and not older and longer is not None:
+                part = TimeRange(longer.floor(rest.start), rest.end)
+                found, told_at = await self.fetch_rows(market, longer, part, priority)
                 earliest = min(earliest, told_at)
-                last = days[-1].timestamp + _DAY.milliseconds if days else rest.start
+                last = found[-1].timestamp + longer.milliseconds if found else rest.start
                 rest = TimeRange(rest.start, min(rest.end, last))
         return rows[-self.page_rows :], earliest or 0
+
+    def _longer(self, period: Interval) -> Interval | None:
+        """The longest interval of whose periods each fits into one answer of ``period``."""
+        offered = [Interval.parse(name) for name in self.intervals]
+        most = self.page_rows * period.milliseconds
+        fitting = [item for item in offered if period < item and item.milliseconds <= most]
+        return max(fitting, default=None)

@@ -15,6 +15,7 @@ from domain.ticker import Ticker
 from domain.trade import Trade
 from exchange_source.plugins.binance_exchange import BinanceExchange
 from exchange_source.plugins.ccxt_exchange import CCXTExchangeClient
+from exchange_source.plugins.coinbase_exchange import CoinbaseExchange
 from exchange_source.plugins.cryptocom_exchange import CryptocomExchange
 from sandbox.app import SandboxConfig, running_sandbox
 from tests.contract.exchange_client_contract import (
@@ -28,7 +29,7 @@ from tests.support.exchange import FakeExchange
 from tests.support.plugin_world import book, plugin_world
 
 MINUTE = 60_000
-PLUGINS = (CryptocomExchange, BinanceExchange)
+PLUGINS = (CryptocomExchange, BinanceExchange, CoinbaseExchange)
 
 
 class FakeWorld(ExchangeWorld):

@@ -33,6 +33,7 @@ from exchange_source.interfaces import (
 )
 from exchange_source.limiter import RequestLimiter
 from exchange_source.plugins.cryptocom_exchange import CryptocomExchange
+from tests.contract.ccxt_plugin_contract import CcxtPluginContract
 from tests.support.clock import ManualClock
 from tests.unit.exchange_source.plugins.crypto_com_server import (
     Answer,
@@ -118,6 +119,12 @@ async def ended(handle: IStreamHandle) -> None:
 def answering(response: Callable[[], web.Response], method: str = "get-candlestick") -> Answer:
     """Every answer to ``method`` is ``response``."""
     return lambda request: response() if request.path.endswith(method) else None
+
+
+class TestOverTheSandbox(CcxtPluginContract):
+    plugin = CryptocomExchange
+    name = "crypto.com"
+    exchange_id = "cryptocom"
 
 
 class TestIdentity:
