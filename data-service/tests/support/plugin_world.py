@@ -80,8 +80,10 @@ class SandboxWorld(ExchangeWorld):
         ]
 
     async def push_ticker(self) -> Ticker:
-        # Some exchanges tell it when something was traded.
-        await self.push_trades(100.0)
+        # Some exchanges tell it only when something was just traded.
+        at = self._clock.now_ms() + TICK_MS
+        self.prices.put_trades(BTC, SandboxTrade(next(self._numbers), at, 100.0, 0.5, "buy"))
+        await self._clock.advance(TICK_MS)
         told = self.sandbox.venue.ticker(BTC)
         (bid, _), (ask, _) = told.book.bids[0], told.book.asks[0]
         assert told.change is not None
