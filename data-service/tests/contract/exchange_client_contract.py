@@ -221,14 +221,17 @@ class ExchangeClientContract:
             book = handle.snapshot()
             return None if book is None else (book.bids[0][0], book.asks[0][0])
 
+        ended = asyncio.create_task(handle.wait())
         async with asyncio.timeout(10):
             for bid, ask in ((99.0, 101.0), (99.5, 100.5)):
                 changed.clear()
                 while best() != (bid, ask):
+                    assert not ended.done(), ended
                     # Again and again, for a snapshot may need one more update to have a time.
                     await world.push_book(bid, ask)
                 assert changed.is_set()
             await handle.stop()
+            await ended
         assert handle.snapshot() is None
 
     async def test_the_book_is_had_by_request_too(self, world: ExchangeWorld) -> None:

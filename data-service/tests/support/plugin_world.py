@@ -99,12 +99,11 @@ class SandboxWorld(ExchangeWorld):
         )
 
     async def push_book(self, bid: float, ask: float) -> None:
-        self.prices.books[BTC] = book(bid, ask, next(self._numbers))
-        await self._clock.advance(TICK_MS)
+        await self.push_whole_book(book(bid, ask, next(self._numbers)))
 
-    async def push_deep_book(self, book: OrderBook) -> None:
+    async def push_whole_book(self, book: OrderBook) -> None:
         """Let the whole book of the market be this one, and be told."""
-        self.prices.books[BTC] = book
+        self.prices.put_book(BTC, OrderBook(self._clock.now_ms() + 1, book.bids, book.asks))
         await self._clock.advance(TICK_MS)
 
     async def pass_time(self, milliseconds: int) -> None:

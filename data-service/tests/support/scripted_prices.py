@@ -18,12 +18,12 @@ ETH = Instrument("ETH", "USD", price_decimals=2, quantity_decimals=4)
 
 class ScriptedPrices(IPriceSource):
     """BTC/USD and ETH/USD; what was put last is what happened. A candle that forms has its final
-    values from its open on. ``books`` holds a book by market, in place of an invented one."""
+    values from its open on; a book is invented until one is put."""
 
     def __init__(self) -> None:
         self._minutes: dict[Instrument, dict[int, Candle]] = {BTC: {}, ETH: {}}
         self._trades: dict[Instrument, list[Trade]] = {BTC: [], ETH: []}
-        self.books: dict[Instrument, OrderBook] = {}
+        self._books: dict[Instrument, list[OrderBook]] = {BTC: [], ETH: []}
 
     def put(self, instrument: Instrument, minutes: Iterable[Candle]) -> None:
         """Add candles of a minute, or replace those of the same one."""
@@ -31,6 +31,11 @@ class ScriptedPrices(IPriceSource):
 
     def put_trades(self, instrument: Instrument, *trades: Trade) -> None:
         self._trades[instrument] += trades
+
+    def put_book(self, instrument: Instrument, book: OrderBook) -> None:
+        """Have this book from its timestamp on, which is later than those put before: a state that
+        somebody was told must not change afterwards."""
+        self._books[instrument].append(book)
 
     def markets(self) -> Sequence[Instrument]:
         return (BTC, ETH)
@@ -62,7 +67,7 @@ class ScriptedPrices(IPriceSource):
         return [trade for trade in self._trades[instrument] if trade.timestamp in part]
 
     def book(self, instrument: Instrument, at_ms: int, depth: int) -> OrderBook:
-        scripted = self.books.get(instrument)
-        if scripted is not None:
-            return OrderBook(at_ms, scripted.bids[:depth], scripted.asks[:depth])
+        for book in reversed(self._books[instrument]):
+            if book.timestamp <= at_ms:
+                return OrderBook(at_ms, book.bids[:depth], book.asks[:depth])
         return BookMaker(1, instrument, 100.0, 1.0).book(100.0, at_ms, depth)

@@ -56,7 +56,7 @@ class TestBinanceExchange(CcxtPluginContract):
         async def push(middle: float) -> None:
             """A whole book round a price, with another amount at its best bid than before."""
             steps = range(1, BOOK_LEVELS + 1)
-            await world.push_deep_book(
+            await world.push_whole_book(
                 OrderBook(
                     OPEN,
                     bids=(
