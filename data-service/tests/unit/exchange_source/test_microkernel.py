@@ -283,9 +283,10 @@ class TestInstalledPackages:
 
     def test_what_is_not_enabled_is_not_imported(self, packages: Path, clock: ManualClock) -> None:
         write_package(packages, "bad-plugin", "raise ImportError", bad="Plugin")
+        write_package(packages, "worse-plugin", "raise ImportError", bad="Plugin")
         load_settings(_env_file=None, exchanges="crypto.com")
         assert loaded(clock, "built.in") == (("built.in",), [])
-        assert "bad_plugin" not in sys.modules
+        assert {"bad_plugin", "worse_plugin"} & sys.modules.keys() == set()
 
     @pytest.mark.parametrize(
         ("code", "reason"),
@@ -334,6 +335,30 @@ class TestInstalledPackages:
         assert loaded(clock, "kraken") == (
             ("kraken",),
             [("kraken", "plugin-b 1.0", "plugin-a 1.0 offers that exchange already")],
+        )
+
+    def test_a_package_that_imports_ccxt_first_loads_no_more_of_it_than_the_others(
+        self, packages: Path
+    ) -> None:
+        write_package(packages, "early-plugin", "import ccxt.pro", early="Plugin")
+        source = Path(exchange_source.__file__).parent.parent
+        code = (
+            "import sys\n"
+            "from config import Settings\n"
+            "from domain.clock import MarketClock\n"
+            "from errors import ConfigurationError\n"
+            "from exchange_source.microkernel import DataSourceConnectorImpl\n"
+            "settings = Settings.model_construct(exchanges=('early',))\n"
+            "try: DataSourceConnectorImpl.from_settings(settings, MarketClock())\n"
+            "except ConfigurationError: pass\n"
+            "assert 'early_plugin' in sys.modules and 'ccxt.binance' not in sys.modules\n"
+        )
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            timeout=30,
+            env={"PYTHONPATH": f"{packages}:{source}"},
+            stdout=subprocess.DEVNULL,
         )
 
     async def test_the_example_package_answers_through_the_connector(self, packages: Path) -> None:
