@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
@@ -15,7 +16,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from domain.clock import MarketClock
 from errors import ConfigurationError
 
-KNOWN_EXCHANGES: Final = ("crypto.com",)
+BUILT_IN_EXCHANGES: Final = ("crypto.com", "binance", "coinbase")
+EXCHANGE_PLUGINS: Final = "cb_trade.exchanges"
+"""The group of entry points by which installed packages offer more exchanges."""
 MIN_SECRET_BYTES: Final = 32
 
 # A container's name: letters, digits and single hyphens, as Azure takes it.
@@ -46,7 +49,7 @@ class Settings(BaseSettings):
     target_table_path: str | None = Field(default=None, min_length=1)
     azure_storage_options: Annotated[dict[str, SecretStr], NoDecode] = {}
 
-    exchanges: NameList = KNOWN_EXCHANGES
+    exchanges: NameList = BUILT_IN_EXCHANGES
     exchange_preferences: Annotated[dict[str, tuple[str, ...]], NoDecode] = {}
     exchange_quotes: NameList = ("USD", "USDT", "USDC", "EUR")
     exchange_endpoints: Annotated[dict[str, str], NoDecode] = {}
@@ -74,11 +77,9 @@ class Settings(BaseSettings):
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         names = tuple(name.lower() for name in value)
-        unknown = [name for name in names if name not in KNOWN_EXCHANGES]
-        if unknown or not names or len(set(names)) != len(names):
-            raise ValueError(
-                f"takes a comma-separated list of {', '.join(KNOWN_EXCHANGES)}, each once"
-            )
+        known = known_exchanges()
+        if not names or not set(names) <= set(known) or len(set(names)) != len(names):
+            raise ValueError(f"takes a comma-separated list of {', '.join(known)}, each once")
         return names
 
     @field_validator("exchange_quotes")
@@ -208,17 +209,17 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
+        known = known_exchanges()
         for setting, names in (
             ("EXCHANGE_ENDPOINTS", self.exchange_endpoints),
             ("EXCHANGE_CREDENTIALS", self.exchange_credentials),
             ("EXCHANGE_PREFERENCES", {n for v in self.exchange_preferences.values() for n in v}),
         ):
-            unknown = sorted(set(names) - set(KNOWN_EXCHANGES))
-            if unknown:
+            if unknown := set(names).difference(known):
                 # The names are not repeated: one of them may be a secret in the wrong place.
                 raise ValueError(
                     f"{setting} names {len(unknown)} exchanges that do not exist; it takes "
-                    f"{', '.join(KNOWN_EXCHANGES)}"
+                    f"{', '.join(known)}"
                 )
         return self
 
@@ -256,6 +257,15 @@ class Settings(BaseSettings):
     def redirected(self) -> bool:
         """Whether an enabled exchange is another than the real one."""
         return any(name in self.exchange_endpoints for name in self.exchanges)
+
+
+def known_exchanges() -> tuple[str, ...]:
+    """The names of all exchanges that can be enabled, those of installed packages last.
+
+    Nothing of a package is imported: whether its plugin works shows when it is enabled.
+    """
+    installed = {entry.name.lower() for entry in entry_points(group=EXCHANGE_PLUGINS)}
+    return (*BUILT_IN_EXCHANGES, *sorted(installed.difference(BUILT_IN_EXCHANGES)))
 
 
 def connection_fields(connection_string: str) -> dict[str, str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Final, Protocol, Self, cast
 
 import structlog
 
-from config import Settings
+from config import EXCHANGE_PLUGINS, Settings
 from domain.clock import IClock
 from errors import ConfigurationError, UnknownExchange
 from exchange_source.interfaces import (
@@ -41,12 +43,33 @@ def _lazily(module: str, name: str) -> PluginFactory:
     return make
 
 
+def _installed(entry: EntryPoint) -> PluginFactory:
+    """The factory of an installed package's plugin."""
+
+    def make(settings: Settings, clock: IClock) -> IExchangeAPIClient:
+        # What plugins have in common is made ready before any of their own imports.
+        import_module("exchange_source.plugins")
+        return cast("_PluginClass", entry.load()).from_settings(settings, clock)
+
+    return make
+
+
 BUILT_IN: Final[Mapping[str, PluginFactory]] = {
     "binance": _lazily("exchange_source.plugins.binance_exchange", "BinanceExchange"),
     "coinbase": _lazily("exchange_source.plugins.coinbase_exchange", "CoinbaseExchange"),
     "crypto.com": _lazily("exchange_source.plugins.cryptocom_exchange", "CryptocomExchange"),
 }
-"""Every exchange that can be enabled, by its public name."""
+"""The exchanges that come with the service, by their public names."""
+
+_REASON_LENGTH: Final = 300
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """Somebody's plugin for an exchange; ``package`` says whose."""
+
+    package: str
+    make: PluginFactory
 
 
 class PluginRegistry:
@@ -99,17 +122,19 @@ class DataSourceConnectorImpl(IDataSourceConnector):
     ) -> Self:
         """Discover and register the plugins that the settings enable, in their order.
 
-        A plugin that cannot be made is logged and left out, so that the others serve.
+        ``factories`` come first, then installed packages, which offer a plugin each by an entry
+        point of the group ``cb_trade.exchanges``, in the order of their names. Nothing is imported
+        of what is not enabled. A plugin that cannot be made, or that is the second of its name, is
+        logged and left out, so that the others serve.
 
         Raises:
             ConfigurationError: none of them can be made.
         """
         registry = PluginRegistry()
+        offers = _discover(settings.exchanges, factories)
         for name in settings.exchanges:
-            try:
-                registry.add(factories[name](settings, clock))
-            except Exception:  # noqa: BLE001  outermost frame of foreign code
-                _log.exception("exchange_plugin_left_out", exchange=name)
+            if name in offers:
+                _register(registry, name, offers[name], settings, clock)
         if not registry.names:
             raise ConfigurationError(
                 f"EXCHANGES: none of {', '.join(settings.exchanges)} could be loaded, see the log"
@@ -156,3 +181,46 @@ class DataSourceConnectorImpl(IDataSourceConnector):
         for name, result in zip(self.exchange_names, results, strict=True):
             if isinstance(result, Exception):
                 _log.error("exchange_close_failed", exchange=name, exc_info=result)
+
+
+def _discover(
+    enabled: Collection[str], factories: Mapping[str, PluginFactory]
+) -> dict[str, _Offer]:
+    """Whose plugin is to be taken for each enabled exchange, of those that anybody offers."""
+    offers = {
+        name: _Offer("the service itself", make)
+        for name, make in factories.items()
+        if name in enabled
+    }
+    for entry in sorted(entry_points(group=EXCHANGE_PLUGINS), key=_package):
+        name, package = entry.name.lower(), _package(entry)
+        if name in offers:
+            _leave_out(name, package, f"{offers[name].package} offers that exchange already")
+        elif name in enabled:
+            offers[name] = _Offer(package, _installed(entry))
+    return offers
+
+
+def _register(
+    registry: PluginRegistry, name: str, offer: _Offer, settings: Settings, clock: IClock
+) -> None:
+    """Make the plugin that is offered for ``name`` and register it, or log why not."""
+    try:
+        plugin = offer.make(settings, clock)
+        if not isinstance(plugin, IExchangeAPIClient):
+            raise TypeError(f"{type(plugin).__name__} is no IExchangeAPIClient")
+        if (own_name := plugin.get_exchange_name()) != name:
+            raise ValueError(f"its plugin calls itself {own_name!r}")
+        registry.add(plugin)
+    except Exception as exc:  # noqa: BLE001  outermost frame of foreign code
+        reason = f"{type(exc).__name__}: {' '.join(str(exc).split()):.{_REASON_LENGTH}}"
+        _leave_out(name, offer.package, reason)
+        _log.debug("exchange_plugin_failed", exchange=name, exc_info=exc)
+
+
+def _leave_out(name: str, package: str, reason: str) -> None:
+    _log.error("exchange_plugin_left_out", exchange=name, package=package, reason=reason)
+
+
+def _package(entry: EntryPoint) -> str:
+    return "?" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"

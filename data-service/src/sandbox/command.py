@@ -7,13 +7,16 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from domain.clock import MarketClock
 from errors import DataServiceError
-from sandbox.app import SandboxConfig, running_sandbox
-from sandbox.prices import DEFAULT_HISTORY_START_MS
+
+if TYPE_CHECKING:
+    from sandbox.app import RunningSandbox
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--history-start",
         type=_moment,
-        default=DEFAULT_HISTORY_START_MS,
         metavar="TIME",
         help="where invented history begins: ms or ISO 8601 (2024-01-01)",
     )
@@ -61,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
 
     Returns 0, 2 when a setting or the recording is wrong, 1 when the port is taken.
     """
+    # Imported here: who only parses the command line should not pay for the sandbox.
+    from sandbox.app import SandboxConfig, running_sandbox  # noqa: PLC0415
+    from sandbox.prices import DEFAULT_HISTORY_START_MS  # noqa: PLC0415
+
     try:
         clock = args.market_clock or MarketClock.parse(os.environ.get("MARKET_CLOCK", "real"))
     except ValueError as exc:
@@ -69,14 +75,16 @@ def run(args: argparse.Namespace) -> int:
     config = SandboxConfig(
         seed=args.seed,
         replay=args.replay,
-        history_start_ms=args.history_start,
+        history_start_ms=(
+            DEFAULT_HISTORY_START_MS if args.history_start is None else args.history_start
+        ),
         market_clock=clock,
         skew_ms=args.skew_ms,
         answer_delay_ms=args.answer_delay_ms,
         rate_limit=args.rate_limit,
     )
     try:
-        asyncio.run(_serve(config, args.port))
+        asyncio.run(_serve(running_sandbox(config, port=args.port)))
     except DataServiceError as exc:
         sys.stderr.write(f"{exc.message}\n")
         return 2
@@ -86,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _serve(config: SandboxConfig, port: int) -> None:
+async def _serve(running: AbstractAsyncContextManager[RunningSandbox]) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
-    async with running_sandbox(config, port=port) as sandbox:
+    async with running as sandbox:
         sys.stdout.write(f"sandbox listening on {sandbox.url}\n")
         sys.stdout.flush()
         await stopped.wait()

@@ -43,12 +43,8 @@ COLUMNS: Final = {
     "created_at": "long",
     "last_updated": "long",
 }
-_ARROW_TYPES: Final = {"string": pa.string(), "boolean": pa.bool_(), "long": pa.int64()}
 SCHEMA: Final = Schema(
     [Field(name, PrimitiveType(kind), nullable=False) for name, kind in COLUMNS.items()]
-)
-ARROW_SCHEMA: Final = pa.schema(
-    [pa.field(name, _ARROW_TYPES[kind], nullable=False) for name, kind in COLUMNS.items()]
 )
 # What other writers of the table go by: the log is ours to clear, once the audit has it.
 _CONFIGURATION: Final = {

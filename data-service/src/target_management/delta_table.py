@@ -14,11 +14,11 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
+from arro3.core import Array, Table
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from target_management.delta_engine import (
-    ARROW_SCHEMA,
     COLUMNS,
     NO_HOOKS,
     SCHEMA,
@@ -97,7 +97,7 @@ class TargetTable:
             table = self._open()
             metrics = (
                 table.merge(
-                    pa.table({name: [value] for name, value in row.items()}, schema=ARROW_SCHEMA),
+                    _table_of(row),
                     "target.target_id = source.target_id",
                     source_alias="source",
                     target_alias="target",
@@ -182,7 +182,8 @@ class TargetTable:
         nor by its Arrow tables, which may abort the interpreter when it ends.
         """
         held = self._files
-        actions = pa.table(table.get_add_actions(flatten=True))
+        # Not by ``pa.table``, which loads pandas.
+        actions = pa.RecordBatchReader.from_stream(table.get_add_actions(flatten=True)).read_all()
         sizes = dict(
             zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True)
         )
@@ -216,6 +217,13 @@ def _read(files: pyarrow.fs.FileSystem, path: str) -> list[Target]:
         content = file.read()
     table = pq.ParquetFile(pa.BufferReader(content)).read(columns=_FIELDS, use_threads=False)
     return [Target(**row) for row in table.to_pylist()]
+
+
+def _table_of(row: Mapping[str, Any]) -> Table:
+    """One row as the library takes it. Not by pyarrow, which loads pandas for values of Python."""
+    schema = SCHEMA.to_arrow()
+    columns = [Array([row[name]], schema.field(name).type) for name in COLUMNS]
+    return Table.from_arrays(columns, schema=schema)
 
 
 def _change(change: str, target_id: str, origin: Origin, values: Mapping[str, Any]) -> Any:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 import exchange_source
-from config import Settings
+from config import BUILT_IN_EXCHANGES, Settings, load_settings
 from domain.candle import Candle, CandleUpdate
-from domain.clock import IClock
+from domain.clock import IClock, MarketClock
 from domain.time_range import TimeRange
 from errors import ConfigurationError, UnknownExchange
 from exchange_source.interfaces import IDataSourceConnector, IExchangeAPIClient, Priority
 from exchange_source.microkernel import BUILT_IN, DataSourceConnectorImpl, PluginRegistry
+from sandbox.app import SandboxConfig, running_sandbox
 from tests.support.clock import ManualClock
 from tests.support.exchange import Asked, FakeExchange
+from tests.support.packages import EXAMPLE, install, write_package
 
 MINUTE = 60_000
 
@@ -213,4 +217,166 @@ class TestDiscovery:
         subprocess.run(
             [sys.executable, "-c", code], check=True, timeout=30, env={"PYTHONPATH": str(source)}
         )
-        assert set(BUILT_IN) >= {"crypto.com"}
+        assert set(BUILT_IN) == set(BUILT_IN_EXCHANGES)
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of installed packages; what is imported from it is forgotten afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+FAKE = """
+from tests.support.exchange import FakeExchange
+
+class Plugin(FakeExchange):
+    name = "{0}"
+
+    @classmethod
+    def from_settings(cls, settings, clock):
+        return cls(clock, name=cls.name)
+"""
+
+MADE = """
+from exchange_source.interfaces import IExchangeAPIClient
+
+class Plugin{0}:
+    @classmethod
+    def from_settings(cls, settings, clock):
+        {1}
+"""
+
+
+def loaded(clock: IClock, *names: str) -> tuple[tuple[str, ...], list[tuple[str, str, str]]]:
+    """The exchanges of a connector with ``names`` enabled and a built-in one called ``built.in``;
+    and who was left out of it, with the reason."""
+    with capture_logs() as logs:
+        connector = DataSourceConnectorImpl.from_settings(
+            settings_of(*names),
+            clock,
+            factories={"built.in": lambda _s, c: FakeExchange(c, name="built.in")},
+        )
+    told = [log for log in logs if log["event"] == "exchange_plugin_left_out"]
+    assert {log["log_level"] for log in told} <= {"error"}
+    return connector.exchange_names, [
+        (log["exchange"], log["package"], log["reason"]) for log in told
+    ]
+
+
+class TestInstalledPackages:
+    def test_a_package_offers_an_exchange_beside_the_built_in_ones(
+        self, packages: Path, clock: ManualClock
+    ) -> None:
+        write_package(packages, "kraken-plugin", FAKE.format("kraken"), kraken="Plugin")
+        assert load_settings(_env_file=None, exchanges="Kraken").exchanges == ("kraken",)
+        assert loaded(clock, "kraken", "built.in") == (("kraken", "built.in"), [])
+        with pytest.raises(
+            ConfigurationError,
+            match=r"EXCHANGES: takes .* crypto\.com, binance, coinbase, kraken, each once",
+        ):
+            load_settings(_env_file=None, exchanges="krakken")
+
+    def test_what_is_not_enabled_is_not_imported(self, packages: Path, clock: ManualClock) -> None:
+        write_package(packages, "bad-plugin", "raise ImportError", bad="Plugin")
+        write_package(packages, "worse-plugin", "raise ImportError", bad="Plugin")
+        load_settings(_env_file=None, exchanges="crypto.com")
+        assert loaded(clock, "built.in") == (("built.in",), [])
+        assert {"bad_plugin", "worse_plugin"} & sys.modules.keys() == set()
+
+    @pytest.mark.parametrize(
+        ("code", "reason"),
+        [
+            ("import nowhere_to_be_found", "No module named 'nowhere_to_be_found'"),
+            ("Plugin = 1 +", "invalid syntax"),
+            ("", "has no attribute 'Plugin'"),
+            ("class Plugin: pass", "has no attribute 'from_settings'"),
+            (MADE.format("", "raise RuntimeError('two\\nlines')"), "RuntimeError: two lines"),
+            (MADE.format("", "return cls()"), "Plugin is no IExchangeAPIClient"),
+            (
+                MADE.format("(IExchangeAPIClient)", "return cls()"),
+                "abstract methods check_coin_availability, close",
+            ),
+            (FAKE.format("binance"), "its plugin calls itself 'binance'"),
+        ],
+    )
+    def test_a_broken_plugin_is_one_line_that_names_package_and_reason(
+        self, packages: Path, clock: ManualClock, code: str, reason: str
+    ) -> None:
+        write_package(packages, "kraken-plugin", code, kraken="Plugin")
+        names, left_out = loaded(clock, "kraken", "built.in")
+        assert names == ("built.in",)
+        ((exchange, package, why),) = left_out
+        assert (exchange, package) == ("kraken", "kraken-plugin 1.0")
+        assert reason in why
+        assert "\n" not in why
+
+    def test_the_built_in_plugin_of_a_name_is_taken(
+        self, packages: Path, clock: ManualClock
+    ) -> None:
+        write_package(
+            packages, "other-plugin", "raise ImportError", **{"built.in": "Plugin", "other": "P"}
+        )
+        assert loaded(clock, "built.in") == (
+            ("built.in",),
+            [("built.in", "other-plugin 1.0",
+              "the service itself offers that exchange already")],
+        )  # fmt: skip
+
+    def test_of_two_packages_the_first_by_name_is_taken(
+        self, packages: Path, clock: ManualClock
+    ) -> None:
+        write_package(packages, "plugin-b", "raise ImportError", kraken="Plugin")
+        write_package(packages, "plugin-a", FAKE.format("kraken"), kraken="Plugin")
+        assert loaded(clock, "kraken") == (
+            ("kraken",),
+            [("kraken", "plugin-b 1.0", "plugin-a 1.0 offers that exchange already")],
+        )
+
+    def test_a_package_that_imports_ccxt_first_loads_no_more_of_it_than_the_others(
+        self, packages: Path
+    ) -> None:
+        write_package(packages, "early-plugin", "import ccxt.pro", early="Plugin")
+        source = Path(exchange_source.__file__).parent.parent
+        code = (
+            "import sys\n"
+            "from config import Settings\n"
+            "from domain.clock import MarketClock\n"
+            "from errors import ConfigurationError\n"
+            "from exchange_source.microkernel import DataSourceConnectorImpl\n"
+            "settings = Settings.model_construct(exchanges=('early',))\n"
+            "try: DataSourceConnectorImpl.from_settings(settings, MarketClock())\n"
+            "except ConfigurationError: pass\n"
+            "assert 'early_plugin' in sys.modules and 'ccxt.binance' not in sys.modules\n"
+        )
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            timeout=30,
+            env={"PYTHONPATH": f"{packages}:{source}"},
+            stdout=subprocess.DEVNULL,
+        )
+
+    async def test_the_example_package_answers_through_the_connector(self, packages: Path) -> None:
+        install(EXAMPLE, packages)
+        async with running_sandbox(SandboxConfig()) as sandbox:
+            settings = load_settings(
+                _env_file=None, exchanges="example", exchange_endpoints={"example": sandbox.url}
+            )
+            clock = MarketClock()
+            connector = DataSourceConnectorImpl.from_settings(settings, clock)
+            assert connector.exchange_names == ("example",)
+            now = clock.now_ms()
+            try:
+                market = await connector.check_coin_availability("example", "btc")
+                assert market == "BTC/USD"
+                data = await connector.fetch_historical_data(
+                    "example", market, "5m", now - 900 * MINUTE, now
+                )
+            finally:
+                await connector.close()
+        assert len(data.candles) > 150
