@@ -85,7 +85,7 @@ class StatusFeed(Feed):
     def next_tick(self, now: int) -> int:
         return now + self.pace(_STATUS_RHYTHM_MS)
 
-    def tick(self, now: int) -> Sequence[str]:  # noqa: ARG002 - it is what it is
+    def tick(self, now: int) -> Sequence[str]:  # noqa: ARG002 - no state depends on the time
         return [self._encode("update")]
 
 

@@ -23,11 +23,11 @@ _FOR_ALL: Final = frozenset({"count", "seconds"})
 _FOR_ONE_FRAME: Final = frozenset({"ws_broken_frame", "ws_sequence_gap"})
 _MOST_FAULTS: Final = 1_000
 
-# What each kind takes beside ``count`` and ``seconds``, and what it cannot do without. Of those
-# that are about frames, mute_sockets loses them without a sign where nothing numbers them;
-# ws_sequence_gap loses only such whose reader can tell: a book's update that the next one is
-# chained to, or any frame of a connection that counts them, whose number is then used up. Like
-# ws_broken_frame it hits one frame unless asked for more.
+# What each kind takes beside ``count`` and ``seconds``, and what it cannot do without.
+# ``mute_sockets`` loses frames of any feed on their way; ``ws_sequence_gap`` only such whose reader
+# can tell: a book's update that the next one is chained to, or any frame of a connection whose
+# frames are numbered. Either way what numbers them has counted them. ``ws_sequence_gap`` and
+# ``ws_broken_frame`` hit one frame where no count is asked for.
 KINDS: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
     "drop_sockets": (frozenset(), frozenset()),
     "mute_sockets": (_FRAME_FILTERS, frozenset()),

@@ -12,6 +12,7 @@ from domain.interval import Interval
 from domain.time_range import TimeRange
 from sandbox.app import RunningSandbox, SandboxConfig, running_sandbox
 from sandbox.coinbase_streams import CoinbaseTimes
+from tests.support.clock import ManualClock, settle_loop
 from tests.unit.sandbox.helpers import (
     MINUTE,
     NOON_MS,
@@ -311,70 +312,80 @@ async def test_what_is_quoted_in_usdc_is_told_as_what_is_quoted_in_usd(
         assert sandbox.hub.running_feeds == {}
 
 
-async def test_who_subscribes_to_nothing_is_dropped() -> None:
-    times = CoinbaseTimes(heartbeat_s=0.02, subscribe_within_s=0.1)
-    config = SandboxConfig(coinbase_times=times)
+async def test_who_subscribes_to_nothing_is_dropped_after_five_seconds() -> None:
+    clock = ManualClock(NOON_MS)
     async with (
-        running_sandbox(config) as sandbox,
+        running_sandbox(SandboxConfig(market_clock=clock)) as sandbox,
         coinbase_listening(sandbox, "heartbeats") as subscribed,
-        coinbase_listening(sandbox) as silent,
         coinbase_listening(sandbox, "ticker", "NO-SUCH") as refused,
+        coinbase_listening(sandbox) as silent,
     ):
+        await subscribed.frame("subscriptions")
+        assert (await refused.message())["type"] == "error"
+        await eventually(lambda: sandbox.hub.open_sockets == 3)
+        await settle_loop()
+        await clock.advance(4_000)
+        assert sandbox.hub.open_sockets == 3
+        await clock.advance(2_000)
         await silent.ended()
         await refused.ended()
-        assert sandbox.hub.open_sockets == 1
+        await eventually(lambda: sandbox.hub.open_sockets == 1)
         await subscribed.frame("heartbeats")
 
 
 def quiet_recording(folder: Path) -> Path:
-    """Trades in one minute alone, then none for half an hour."""
+    """Trades in the first of many minutes alone."""
     file = folder / "ETH_BTC-1m.csv"
     write_csv(file, recorded_with_holes(NOON_MS, MINUTE, 32, (range(1, 31),)))
     return file
 
 
 async def test_a_channel_without_updates_is_closed_without_a_word(tmp_path: Path) -> None:
-    config = SandboxConfig(
-        replay=quiet_recording(tmp_path),
-        market_clock=clock_at(NOON_MS + 2 * MINUTE),
-        coinbase_times=CoinbaseTimes(heartbeat_s=0.02, quiet_channel_s=0.3),
-    )
+    clock = ManualClock(NOON_MS + 2 * MINUTE)
+    config = SandboxConfig(replay=quiet_recording(tmp_path), market_clock=clock)
     async with (
         running_sandbox(config) as sandbox,
         coinbase_listening(sandbox, "ticker", "ETH-BTC") as listener,
     ):
         await listener.frame("subscriptions")
+        await clock.advance(75_000)
         assert sandbox.hub.running_feeds == {"ticker ETH-BTC": 1}
-        await eventually(lambda: sandbox.hub.running_feeds == {})
-        assert sandbox.hub.open_sockets == 1
-        # It may be had again.
+        await clock.advance(2_000)
+        assert sandbox.hub.running_feeds == {}
+        # The connection stays, and the channel may be had again; nothing was said before.
         await listener.send("subscribe", "ticker", "ETH-BTC")
-        assert (await listener.event("ticker"))["type"] == "snapshot"
+        again = await listener.message()
+        assert (again["sequence_num"], again["events"][0]["type"]) == (2, "snapshot")
 
 
-async def test_heartbeats_and_updates_keep_a_channel_open(tmp_path: Path) -> None:
-    times = CoinbaseTimes(heartbeat_s=0.02, quiet_channel_s=0.7)
-    quiet = SandboxConfig(
-        replay=quiet_recording(tmp_path),
-        market_clock=clock_at(NOON_MS + 2 * MINUTE),
-        coinbase_times=times,
-    )
+async def test_heartbeats_keep_a_channel_without_updates_open(tmp_path: Path) -> None:
+    clock = ManualClock(NOON_MS + 2 * MINUTE)
+    config = SandboxConfig(replay=quiet_recording(tmp_path), market_clock=clock)
     async with (
-        running_sandbox(quiet) as sandbox,
+        running_sandbox(config) as sandbox,
         coinbase_listening(sandbox, "ticker", "ETH-BTC") as listener,
     ):
         await listener.send("subscribe", "heartbeats")
-        while (await listener.event("heartbeats"))["heartbeat_counter"] < 50:
-            pass
+        for _ in range(2):
+            await listener.frame("subscriptions")
+        await clock.advance(100_000)
         assert sandbox.hub.running_feeds == {"ticker ETH-BTC": 1}
-    busy = SandboxConfig(market_clock=clock_at(NOON_MS, speed=100), coinbase_times=times)
+        for expected in range(100):
+            assert (await listener.event("heartbeats"))["heartbeat_counter"] == expected
+
+
+async def test_updates_of_one_product_keep_its_channel_open_for_all(tmp_path: Path) -> None:
+    clock = ManualClock(NOON_MS + 2 * MINUTE)
+    write_csv(tmp_path / "BTC_USD-1m.csv", recorded_with_holes(NOON_MS, MINUTE, 32, ()))
+    quiet_recording(tmp_path)
+    config = SandboxConfig(replay=tmp_path, market_clock=clock)
     async with (
-        running_sandbox(busy) as sandbox,
-        coinbase_listening(sandbox, "level2", "BTC-USD") as listener,
+        running_sandbox(config) as sandbox,
+        coinbase_listening(sandbox, "ticker", "ETH-BTC", "BTC-USD") as listener,
     ):
-        for _ in range(15):
-            await listener.frame("l2_data")
-        assert sandbox.hub.running_feeds == {"level2 BTC-USD": 1}
+        await listener.frame("subscriptions")
+        await clock.advance(200_000)
+        assert sandbox.hub.running_feeds == {"ticker BTC-USD": 1, "ticker ETH-BTC": 1}
 
 
 async def test_a_sequence_gap_uses_up_the_number_of_a_frame_that_never_comes(
@@ -419,7 +430,7 @@ async def test_a_broken_frame_has_a_number_and_the_next_one_is_whole(
     ):
         await numbers_of(listener, 2)
         number = await http.fault(kind="ws_broken_frame", channel="heartbeat")
-        texts = []
+        texts: list[str] = []
         while not texts or texts[-1].endswith("}"):
             texts.append(await listener.ws.receive_str(timeout=5))
         assert texts[-1].startswith('{"channel":"heartbeats"')

@@ -17,6 +17,7 @@ from tests.unit.sandbox.helpers import (
     NOON_MS,
     Http,
     clock_at,
+    connected,
     eventually,
     http_to,
     listening,
@@ -227,6 +228,24 @@ async def test_a_sequence_gap_leaves_out_an_update_that_the_next_one_is_chained_
         assert await http.hits(number) == 1
 
 
+async def test_a_sequence_gap_breaks_the_chain_of_binance_s_changes_too() -> None:
+    config = SandboxConfig(market_clock=clock_at(NOON_MS, speed=20))
+    async with (
+        running_sandbox(config) as sandbox,
+        http_to(sandbox) as http,
+        connected(sandbox, "/ws/btcusdt@depth@100ms") as listener,
+    ):
+        told = (await listener.message())["u"]
+        number = await http.fault(kind="ws_sequence_gap", channel="book", instrument="BTC/USDT")
+        breaks = 0
+        for _ in range(12):
+            update = await listener.message()
+            breaks += update["U"] != told + 1
+            told = update["u"]
+        assert breaks == 1
+        assert await http.hits(number) == 1
+
+
 async def test_a_sequence_gap_spares_frames_that_nothing_numbers() -> None:
     config = SandboxConfig(market_clock=clock_at(NOON_MS, speed=100))
     async with running_sandbox(config) as sandbox, http_to(sandbox) as http:
@@ -236,12 +255,12 @@ async def test_a_sequence_gap_spares_frames_that_nothing_numbers() -> None:
         ) as listener:
             seen = {(await listener.data())["channel"] for _ in range(12)}
         assert seen == {"ticker", "book", "trade"}
-        # Not even the whole book that updates start from.
+        assert await http.hits(number) == 0
+        # Nor is the whole book left out that updates start from.
         async with listening(
             sandbox, "book.ETH_USD.10", book_subscription_type="SNAPSHOT_AND_UPDATE"
         ) as listener:
             assert (await listener.data())["channel"] == "book"
-        assert await http.hits(number) <= 1
 
 
 async def test_a_late_candle_is_listed_some_time_after_its_end(http: Http) -> None:
