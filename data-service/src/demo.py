@@ -24,7 +24,7 @@ import httpx
 import websockets
 
 from auth.module import issue_token
-from config import Settings, load_settings
+from config import BUILT_IN_EXCHANGES, Settings, load_settings
 from errors import DataServiceError
 
 COINS: Final = ("BTC", "ETH")
@@ -70,8 +70,8 @@ async def _demonstrate(live: bool) -> None:  # noqa: FBT001
         return
     port = environment.get("SANDBOX_PORT", "0")
     async with _program(["sandbox", "--port", port], environment) as (sandbox, url):
-        environment["EXCHANGE_ENDPOINTS"] = json.dumps({"crypto.com": url})
-        environment["EXCHANGES"] = "crypto.com"
+        environment["EXCHANGE_ENDPOINTS"] = json.dumps(dict.fromkeys(BUILT_IN_EXCHANGES, url))
+        environment["EXCHANGES"] = ",".join(BUILT_IN_EXCHANGES)
         await _while_alive(sandbox, "the sandbox", _serve_and_show(environment, live=False))
 
 

@@ -37,6 +37,9 @@ QUEUE_BOUND: Final = 10_000
 # So many trades back a repetition is noticed: more than any exchange begins a stream with.
 REMEMBERED_TRADES: Final = 2_000
 
+_Key = tuple[str, str, Channel]
+"""Exchange, market and channel."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -189,7 +192,8 @@ class MarketChannels:
         self._hub = hub
         self._clock = clock
         self._queue_bound = queue_bound
-        self._upstreams: dict[tuple[str, str, Channel], _Upstream] = {}
+        self._upstreams: dict[_Key, _Upstream] = {}
+        self._reading: dict[Reader, tuple[_Key, _Upstream]] = {}
 
     def subscribe(self, series: Series, market: str, channel: Channel) -> Reader:
         """Read a channel of the market of a series that is told.
@@ -212,16 +216,21 @@ class MarketChannels:
             )
             self._upstreams[key] = upstream
         upstream.join(reader)
+        self._reading[reader] = (key, upstream)
         return reader
 
     async def leave(self, reader: Reader) -> None:
-        """End a reader; a channel that nobody reads any more is stopped."""
+        """End a reader; a channel that nobody reads any more is stopped. Idempotent."""
         reader.close()
-        for key, upstream in list(self._upstreams.items()):
-            upstream.readers.discard(reader)
-            if not upstream.readers:
-                del self._upstreams[key]
-                await _end(upstream)
+        if reader not in self._reading:
+            return
+        key, upstream = self._reading.pop(reader)
+        upstream.readers.discard(reader)
+        if upstream.readers:
+            return
+        if self._upstreams.get(key) is upstream:
+            del self._upstreams[key]
+        await _end(upstream)
 
     async def close(self) -> None:
         """Stop every channel."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 
@@ -103,6 +104,17 @@ async def test_any_number_of_readers_share_one_stream_that_ends_with_the_last(
             await reader.stream.aclose()
         assert running(world, "start_trade_stream") == 1
     assert running(world, "start_trade_stream") == 0
+
+
+async def test_readers_of_every_channel_may_leave_at_once(world: Collecting) -> None:
+    async with AsyncExitStack() as stack:
+        readers = [await listening(stack, world, channel) for channel in CHANNELS * 3]
+        await asyncio.gather(*(reader.stream.aclose() for reader in readers))
+        assert running(world, "start_trade_stream") == 0
+        assert running(world, "start_ticker_stream") == 0
+        again = await listening(stack, world, Channel.TRADES)
+        await world.exchange.push_trades("BTC/USD", trade(1))
+        assert await again.next() == TradesTold((trade(1),))
 
 
 async def test_a_reader_that_is_behind_gets_what_waits_at_once(world: Collecting) -> None:
