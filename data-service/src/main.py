@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from api.app import build_app
 from api.health import Health
-from api.metrics import StorageCollector
+from api.metrics import ExchangeCollector, StorageCollector
 from api.services import Services
 from auth.module import AuthenticationModuleImpl
 from collection.collection_list import CoinCollectionList
@@ -104,8 +104,9 @@ async def _assembled(
         stack.push_async_callback(connector.close)
 
         hub = Hub(clock, storage)
+        clients = {name: connector.get_client(name) for name in connector.exchange_names}
         reconciler = Reconciler(
-            {name: connector.get_client(name) for name in connector.exchange_names},
+            clients,
             storage,
             clock,
             rng=rng,
@@ -146,7 +147,8 @@ async def _assembled(
             collection=collection,
         )
         registry.register(StorageCollector(lambda: storage.status, lambda: role.collecting))
-        health = Health(storage, role)
+        registry.register(ExchangeCollector(list(clients.values())))
+        health = Health(storage, role, list(clients.values()))
         auth = AuthenticationModuleImpl.from_settings(settings, clock)
         app.state.auth = auth
         app.state.services = Services(

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final
 
 from api.services import Readiness
 from collection.role import CollectorRole
 from errors import DataServiceError
+from exchange_source.interfaces import IExchangeAPIClient
 from storage.interfaces import IStorageManager
 
 READY_TIMEOUT_S: Final = 3.0
+# An exchange's clock that is further off than this is worth a word: it says which candles are
+# closed, to a second at best.
+SKEW_MS: Final = 5_000
 
 
 class Health:
     """Why the service is not ready: while it starts or drains, when storage refuses, and when
     nobody can say who collects. What is merely worth knowing is a warning."""
 
-    def __init__(self, storage: IStorageManager, role: CollectorRole) -> None:
+    def __init__(
+        self,
+        storage: IStorageManager,
+        role: CollectorRole,
+        exchanges: Sequence[IExchangeAPIClient] = (),
+    ) -> None:
         self._storage = storage
         self._role = role
+        self._exchanges = exchanges
         self.phase = "starting"
 
     async def readiness(self) -> Readiness:
@@ -52,4 +63,17 @@ class Health:
                 f"{status.spooled} entries ({status.spooled_bytes} bytes) wait in the spool for "
                 f"the storage"
             )
+        warnings += self._wrong_clocks()
         return Readiness(tuple(reasons), tuple(warnings))
+
+    def _wrong_clocks(self) -> list[str]:
+        found = []
+        for exchange in self._exchanges:
+            skew = exchange.clock_skew_ms
+            if skew is not None and abs(skew) > SKEW_MS:
+                side = "ahead of" if skew > 0 else "behind"
+                found.append(
+                    f"the clock of {exchange.get_exchange_name()} is {abs(skew) / 1000:.0f} s "
+                    f"{side} this machine's; candles close by the exchange's, check this machine's"
+                )
+        return found

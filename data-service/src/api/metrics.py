@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from exchange_source.interfaces import IExchangeAPIClient
 from storage.interfaces import StorageStatus
 
 _BUCKETS_S: Final = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -74,6 +75,24 @@ class StorageCollector(Collector):
              status.spool_full),
         ):  # fmt: skip
             yield GaugeMetricFamily(name, help_text, value=float(value))
+
+
+class ExchangeCollector(Collector):
+    """What is known of the exchanges, read when it is asked for."""
+
+    def __init__(self, clients: Sequence[IExchangeAPIClient]) -> None:
+        self._clients = clients
+
+    def collect(self) -> Iterable[Metric]:
+        skew = GaugeMetricFamily(
+            "cb_trade_exchange_clock_skew_seconds",
+            "How far an exchange's clock is ahead of this service's, to about a second",
+            labels=("exchange",),
+        )
+        for client in self._clients:
+            if client.clock_skew_ms is not None:
+                skew.add_metric((client.get_exchange_name(),), client.clock_skew_ms / 1000)
+        yield skew
 
 
 class MetricsMiddleware:

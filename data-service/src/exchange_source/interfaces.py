@@ -128,6 +128,12 @@ class IExchangeAPIClient(ABC):
     def history_page(self) -> int:
         """How many periods one ``fetch_historical_data`` covers with a single request."""
 
+    @property
+    @abstractmethod
+    def clock_skew_ms(self) -> int | None:
+        """How far the exchange's clock is ahead of this service's (market ms), as its last answer
+        said, to about a second; None before the first."""
+
     @abstractmethod
     async def check_coin_availability(
         self, coin_symbol: str, *, priority: Priority = Priority.REQUEST

@@ -145,6 +145,13 @@ class ExchangeClientContract:
         assert data.candles == tuple(minutes(100, 96))
         assert (await self.history(world, 200, 150)).not_offered == span(200, 100)
 
+    async def test_how_far_the_exchanges_clock_is_ahead_is_known_after_an_answer(
+        self, world: ExchangeWorld
+    ) -> None:
+        assert world.client.clock_skew_ms is None
+        await self.history(world, 20, 10)
+        assert abs(world.client.clock_skew_ms or 0) < 1_000
+
     async def test_without_any_row_everything_is_open(self, world: ExchangeWorld) -> None:
         data = await self.history(world, 20, 10)
         assert (data.candles, data.empty, data.not_offered) == ((), (), None)

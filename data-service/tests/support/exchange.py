@@ -190,6 +190,10 @@ class FakeExchange(IExchangeAPIClient):
     def get_exchange_id(self) -> str:
         return self.exchange_id
 
+    @property
+    def clock_skew_ms(self) -> int | None:
+        return self.time_offset_ms if self.requests else None
+
     async def check_coin_availability(
         self, coin_symbol: str, *, priority: Priority = Priority.REQUEST
     ) -> str | None:

@@ -131,6 +131,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
         )
         self.vendor: Any = vendor or self._make_vendor(endpoint, credentials or {})
         self._skew_ms = 0
+        self._knows_time = False
         self._spot: dict[str, bool] = {}
         self._loaded_at: float | None = None
         self._doubted = False
@@ -188,6 +189,10 @@ class CCXTExchangeClient(IExchangeAPIClient):
     @property
     def history_page(self) -> int:
         return self.page_rows - 2
+
+    @property
+    def clock_skew_ms(self) -> int | None:
+        return self._skew_ms if self._knows_time else None
 
     async def check_coin_availability(
         self, coin_symbol: str, *, priority: Priority = Priority.REQUEST
@@ -408,6 +413,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
         if told is None:
             return result, sent + self._skew_ms
         self._skew_ms = told - (sent + self._clock.now_ms()) // 2
+        self._knows_time = True
         return result, told
 
     def _penalize(self, error: ExchangeError) -> None:

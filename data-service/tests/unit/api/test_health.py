@@ -9,13 +9,14 @@ import pytest
 
 import api.health
 from api.health import Health
-from api.metrics import StorageCollector
+from api.metrics import ExchangeCollector, StorageCollector
 from collection.role import CollectorRole
 from storage.interfaces import StorageStatus, StorageUnavailable
 from storage.manager import StorageManagerImpl
 from storage.spool import Spool
 from tests.support.clock import ManualClock
 from tests.support.entries import make_entry
+from tests.support.exchange import FakeExchange
 from tests.support.storage import InMemoryStorage
 
 
@@ -35,7 +36,8 @@ class World:
             begin=nothing,
             end=nothing,
         )
-        self.health = Health(self.storage, self.role)
+        self.exchange = FakeExchange(ManualClock())
+        self.health = Health(self.storage, self.role, [self.exchange])
 
     async def start(self) -> None:
         await self.spool.open()
@@ -131,3 +133,24 @@ def test_metrics_say_how_storing_goes() -> None:
         "cb_trade_spool_bytes": 900,
         "cb_trade_spool_full": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("skew_ms", "told"), [(12_300, "12 s ahead of"), (-61_000, "61 s behind"), (2_000, None)]
+)
+async def test_an_exchange_whose_clock_is_far_off_is_a_warning_and_a_figure(
+    world: World, skew_ms: int, told: str | None
+) -> None:
+    await world.start()
+    collector = ExchangeCollector([world.exchange])
+    assert [list(metric.samples) for metric in collector.collect()] == [[]]
+    world.exchange.time_offset_ms = skew_ms
+    await world.exchange.check_coin_availability("BTC")
+    warnings = (await world.health.readiness()).warnings
+    assert len(warnings) == (told is not None)
+    if told is not None:
+        assert f"the clock of crypto.com is {told} this machine's" in warnings[0]
+    (metric,) = collector.collect()
+    assert [(dict(sample.labels), sample.value) for sample in metric.samples] == [
+        ({"exchange": "crypto.com"}, skew_ms / 1000)
+    ]
