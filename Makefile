@@ -14,7 +14,10 @@ unexport PYTHONDONTWRITEBYTECODE
 AZURITE := data-service/tests/azurite
 AZURITE_READY := $(AZURITE)/node_modules/.ready
 
-.PHONY: help setup run run-live test drill check format bench lock clean
+# Other people's clients, whose dependencies are none of ours.
+PEERS := .venv-peers
+
+.PHONY: help setup run run-live test drill peers soak check format bench lock clean
 
 help: ## Show what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,6 +52,18 @@ test: setup $(AZURITE_READY) ## Run every test
 drill: setup ## Kill the service thirty times and lie to it, and compare what is left (14 minutes)
 	@CB_TRADE_DRILL=long $(BIN)/python -m pytest -s data-service/tests/drills
 
+$(PEERS)/.ready: $(VENV)/.ready requirements-peers.lock
+	@echo "Setting up $(PEERS) ..."
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
+	@VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode requirements-peers.lock
+	@touch $@
+
+peers: setup $(PEERS)/.ready ## Let freqtrade and cryptofeed read the sandbox beside the service, and compare (3 minutes)
+	@CB_TRADE_PEERS=$(CURDIR)/$(PEERS) $(BIN)/python -m pytest -s data-service/tests/peers
+
+soak: setup ## Run the service for 24 hours of a fast market and watch its memory (25 minutes)
+	@$(BIN)/python data-service/benchmarks/soak.py
+
 check: setup ## Lint, types and the architecture rules
 	@$(BIN)/ruff format --check data-service
 	@$(BIN)/ruff check data-service
@@ -65,9 +80,10 @@ bench: setup $(AZURITE_READY) ## Run the benchmarks
 
 lock: setup ## Make the locks anew from pyproject.toml
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) --group bootstrap -o requirements-bootstrap.lock
+	@$(BIN)/uv pip compile $(LOCK_FLAGS) --group peers -o requirements-peers.lock
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml -o requirements.lock
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
 
 clean: ## Remove the environment and every cache (collected data stays)
-	@rm -rf $(VENV) $(AZURITE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) $(AZURITE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find data-service -name __pycache__ -prune -exec rm -rf {} +

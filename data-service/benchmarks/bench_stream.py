@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ _PATIENCE_S = 300.0
 
 
 def frames(count: int, *, combined: bool) -> list[bytes]:
-    """``count`` trades of all markets in turn, as WebSocket frames."""
+    """``count`` trades of all markets in turn, as WebSocket frames; ``combined`` ones are as the
+    combined streams tell aggregated trades, which is what cryptofeed reads."""
     prices = GeneratedPrices(listings=[Listing(item, 12.0) for item in MARKETS])
     part = TimeRange(DAY * DAY_MS, (DAY + 1) * DAY_MS)
     trades = [prices.trades(item, part) for item in MARKETS]
@@ -66,11 +67,13 @@ def frames(count: int, *, combined: bool) -> list[bytes]:
         instrument = MARKETS[number % len(MARKETS)]
         told = trades[number % len(MARKETS)]
         trade = told[number // len(MARKETS) % len(told)]
-        event = messages.trade_event(instrument, trade, trade.timestamp)
-        message: dict[str, Any] = {**event, "t": number + 1}
+        trade = replace(trade, id=number + 1)
         if combined:
-            stream = f"{messages.symbol_of(instrument).lower()}@trade"
-            message = {"stream": stream, "data": message}
+            stream = f"{messages.symbol_of(instrument).lower()}@aggTrade"
+            event = messages.aggregate_event(instrument, trade, trade.timestamp)
+            message: dict[str, Any] = {"stream": stream, "data": event}
+        else:
+            message = messages.trade_event(instrument, trade, trade.timestamp)
         found.append(frame(orjson.dumps(message)))
     return found
 
