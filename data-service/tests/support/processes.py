@@ -18,6 +18,7 @@ from typing import Any, Final
 import httpx
 import websockets
 
+from config import BUILT_IN_EXCHANGES
 from domain.clock import MarketClock
 
 SECRET: Final = "a-secret-of-the-tests-with-32-bytes-or-more"
@@ -264,7 +265,7 @@ async def stack_to_start(
                 "STORAGE_ROOT": str(folder / "data"),
                 "STATE_DIR": str(folder / "data"),
                 "EXCHANGES": "crypto.com",
-                "EXCHANGE_ENDPOINTS": json.dumps({"crypto.com": sandbox_url}),
+                "EXCHANGE_ENDPOINTS": json.dumps(dict.fromkeys(BUILT_IN_EXCHANGES, sandbox_url)),
                 "MARKET_CLOCK": clock.to_setting(),
                 **settings,
             },

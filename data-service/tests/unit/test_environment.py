@@ -38,8 +38,8 @@ def test_the_locks_hold_every_dependency_by_hash_and_agree() -> None:
         for name, version in runtime.items()
         if development.get(name) != version
     } == {}
-    for lock in ("requirements.lock", "requirements-dev.lock", "requirements-bootstrap.lock"):
-        text = (ROOT / lock).read_text()
+    for name in ("", "-dev", "-bootstrap", "-peers"):
+        text = (ROOT / f"requirements{name}.lock").read_text()
         assert "--hash=sha256:" in text
         assert "http" not in re.sub(r"^[a-z0-9._-]+==.*$", "", text, flags=re.MULTILINE)
 

@@ -299,7 +299,7 @@ class TestInstalledPackages:
             (MADE.format("", "return cls()"), "Plugin is no IExchangeAPIClient"),
             (
                 MADE.format("(IExchangeAPIClient)", "return cls()"),
-                "abstract methods check_coin_availability, close",
+                "abstract methods check_coin_availability, clock_skew_ms, close",
             ),
             (FAKE.format("binance"), "its plugin calls itself 'binance'"),
         ],
