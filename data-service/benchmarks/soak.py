@@ -3,8 +3,8 @@
 Three exchanges of the sandbox, three coins each, every channel of each subscribed by one client
 that reads all, candles of 5m and of 1m. Memory is what the process holds (resident set, Linux),
 every five market minutes. ccxt's own caches fill up in the first hours; from the 18th to the 24th
-the line through it (least squares) may rise by 1 % of its mean an hour. At the end `verify` compares
-what was stored with the exchange. Exit code 1 when the bar is missed or something differs.
+the line through it (least squares) may rise by 1 % of its mean an hour. At the end `verify`
+compares what was stored with the exchange. Exit code 1 when the bar is missed or something differs.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ async def soak(folder: Path, hours: float, speed: float) -> int:
     slope, _ = statistics.linear_regression(*zip(*late, strict=True))
     rise = slope / statistics.mean(held for _, held in late)
     met = rise < BAR
+    verdict = "met" if met else "MISSED"
     print(
         f"from hour {late[0][0]:.1f} to {late[-1][0]:.1f} memory changes by {rise:+.2%} an hour "
-        f"({slope:+.2f} MB of {late[-1][1]:.0f}); the bar is {BAR:.0%}: {'met' if met else 'MISSED'}"
+        f"({slope:+.2f} MB of {late[-1][1]:.0f}); the bar is {BAR:.0%}: {verdict}"
     )
     return 0 if met and code == 0 else 1
 
