@@ -171,6 +171,7 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         subscribe_hash: str | None = None,
         subscription: Any = None,
     ) -> Any:
+        self._forget_rejections(url, [message_hash])
         future = super().watch(url, message_hash, message, subscribe_hash, subscription)
         self._note(url, [subscribe_hash] if subscribe_hash else [])
         return future
@@ -183,6 +184,7 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         subscribe_hashes: list[str] | None = None,
         subscription: Any = None,
     ) -> Any:
+        self._forget_rejections(url, message_hashes)
         future = super().watch_multiple(
             url, message_hashes, message, subscribe_hashes, subscription
         )
@@ -230,6 +232,13 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         task = asyncio.get_running_loop().create_task(_close(socket))
         self.closing.add(task)
         task.add_done_callback(self.closing.discard)
+
+    def _forget_rejections(self, url: str, message_hashes: list[str]) -> None:
+        """What failed while nobody watched is nothing to who begins to watch now."""
+        subscriber, socket = SUBSCRIBER.get(), self.clients.get(url)
+        if subscriber is not None and subscriber.socket is None and socket is not None:
+            for message_hash in message_hashes:
+                socket.rejections.pop(message_hash, None)
 
     def _note(self, url: str, subscribe_hashes: list[str]) -> None:
         subscriber = SUBSCRIBER.get()
