@@ -201,12 +201,15 @@ def _recorded_coinbase() -> CoinbaseCapture:
     for tick in range(150):
         time = f"2021-04-17T16:43:{tick // 10:02}.{tick % 10}00000Z"
         for product, book in books.items():
-            for side, changes in zip(("buy", "sell"), book.change(), strict=True):
-                told = [[side, *level] for level in _texts(changes)]
-                if told:
-                    messages.append(
-                        {"type": "l2update", "product_id": product, "changes": told, "time": time}
-                    )
+            # Both sides at once: between two messages the book would cross.
+            changes = [
+                [side, *level]
+                for side, levels in zip(("buy", "sell"), book.change(), strict=True)
+                for level in _texts(levels)
+            ]
+            messages.append(
+                {"type": "l2update", "product_id": product, "changes": changes, "time": time}
+            )
         if tick % 3 == 0:
             product, side = rng.choice(products), rng.choice(("buy", "sell"))
             trade = {
