@@ -170,6 +170,7 @@ class Feed(ABC):
         """Wait for news. What fails here breaks the socket, unless it is about this topic alone:
         a refusal, or something that cannot be believed."""
         name = self._source.get_exchange_name()
+        self._check_socket()
         try:
             return await self._watch()
         except asyncio.CancelledError as exc:
@@ -194,6 +195,17 @@ class Feed(ABC):
             if not isinstance(translated, BadExchangeAnswer):
                 self._break_socket(translated)
             raise translated from exc
+
+    def _check_socket(self) -> None:
+        """Notice a socket that failed between two watches: the next one would open another, and
+        what was lost in between would never show."""
+        socket = self._subscriber.socket
+        if socket is None or self._source.vendor.clients.get(socket.url) is socket:
+            return
+        name = self._source.get_exchange_name()
+        if isinstance(socket.error, ExchangeError):
+            raise socket.error
+        raise ExchangeUnavailable(f"{name}: connection closed") from socket.error
 
     def _break_socket(self, error: ExchangeError) -> None:
         socket = self._subscriber.socket
