@@ -1,8 +1,9 @@
 """One limiter per exchange: how fast it may be asked, and who goes first.
 
-Guarantees: at most ``rate`` requests start in a second of real time, evenly spaced; at most
-``concurrency`` run at once; a waiter of a lower ``Priority`` value goes before all others, within
-one priority the first come is the first served; a waiter that is cancelled takes no slot with it.
+Guarantees: at most ``rate`` requests start in a second of real time, evenly spaced, where one of a
+higher weight counts as so many; at most ``concurrency`` run at once; a waiter of a lower
+``Priority`` value goes before all others, within one priority the first come is the first served;
+a waiter that is cancelled takes no slot with it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import asynccontextmanager
 from domain.clock import IClock
 from exchange_source.interfaces import ExchangeRateLimited, ExchangeUnavailable, Priority
 
-_Waiter = tuple[Priority, int, "asyncio.Future[None]"]
+_Waiter = tuple[Priority, int, "asyncio.Future[None]", float]
 
 
 class RequestLimiter:
@@ -66,15 +67,16 @@ class RequestLimiter:
         return self._running
 
     @asynccontextmanager
-    async def slot(self, priority: Priority) -> AsyncIterator[None]:
-        """Hold one of the exchange's slots while the body runs.
+    async def slot(self, priority: Priority, *, weight: float = 1.0) -> AsyncIterator[None]:
+        """Hold one of the exchange's slots while the body runs; ``weight`` is what the request
+        costs of the rate.
 
         Raises:
             ExchangeRateLimited: the exchange has paused everybody for longer than the patience.
             ExchangeUnavailable: too many wait already, the turn did not come within the patience,
                 or the limiter is closed.
         """
-        await self._acquire(priority)
+        await self._acquire(priority, weight)
         try:
             yield
         finally:
@@ -89,7 +91,7 @@ class RequestLimiter:
         """Turn everybody away and leave no task. Idempotent."""
         self._closed = True
         waiters, self._waiters = self._waiters, []
-        for _, _, turn in waiters:
+        for _, _, turn, _ in waiters:
             if not turn.done():
                 turn.set_exception(ExchangeUnavailable(f"{self._name} is closed"))
         if self._timer is not None:
@@ -97,7 +99,7 @@ class RequestLimiter:
             await asyncio.gather(self._timer, return_exceptions=True)
             self._timer = None
 
-    async def _acquire(self, priority: Priority) -> None:
+    async def _acquire(self, priority: Priority, weight: float) -> None:
         if self._closed:
             raise ExchangeUnavailable(f"{self._name} is closed")
         if self.waiting >= self._max_waiting:
@@ -111,7 +113,7 @@ class RequestLimiter:
                 f"{self._name} asked for a pause of {pause:.0f} s more", retry_after=pause
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiter = (priority, next(self._order), turn)
+        waiter = (priority, next(self._order), turn, weight)
         heapq.heappush(self._waiters, waiter)
         self._admit()
         try:
@@ -144,10 +146,10 @@ class RequestLimiter:
                 if self._timer is None:
                     self._timer = asyncio.get_running_loop().create_task(self._wait())
                 return
-            _, _, turn = heapq.heappop(self._waiters)
+            _, _, turn, weight = heapq.heappop(self._waiters)
             if turn.done():
                 continue
-            self._next_start = max(self._next_start, now) + self._spacing
+            self._next_start = max(self._next_start, now) + self._spacing * weight
             self._running += 1
             turn.set_result(None)
 

@@ -27,8 +27,9 @@ _STREAMS_A_SOCKET: Final = 1_000
 # 5 messages a second are allowed, pongs among them.
 _MESSAGE_PAUSE_S: Final = 0.25
 _STREAMS_A_MESSAGE: Final = 100
-# Levels a side of the snapshot that a live book begins with.
-_SNAPSHOT_LEVELS: Final = 1_000
+# Levels a side of the snapshot that a live book begins with: what is farther away is not known, and
+# twice as many count twice as much.
+_SNAPSHOT_LEVELS: Final = 500
 
 
 class BinanceGuards(VendorGuards):
@@ -184,8 +185,12 @@ class BinanceExchange(CCXTExchangeClient):
     exchange_name: ClassVar[str] = "binance"
     exchange_id: ClassVar[str] = "binance"
     page_rows: ClassVar[int] = 1_000
-    # 6000 of weight a minute and address; candles weigh 2, a snapshot of 1000 levels 50.
-    requests_per_second: ClassVar[float] = 20.0
+    # 6000 of weight a minute and address are allowed, and candles weigh 2: this is 80 %. The list
+    # of markets weighs 20, the top of a book 5, a snapshot of 500 levels 25.
+    requests_per_second: ClassVar[float] = 40.0
+    markets_weight: ClassVar[float] = 10.0
+    book_weight: ClassVar[float] = 2.5
+    snapshot_weight: ClassVar[float] = 12.5
     concurrency: ClassVar[int] = 8
     guards: ClassVar[type[VendorGuards]] = BinanceGuards
     books_are_timed: ClassVar[bool] = False

@@ -93,6 +93,12 @@ class CCXTExchangeClient(IExchangeAPIClient):
     """Market ms after a period's end until which its candle may still be published."""
     requests_per_second: ClassVar[float] = 10.0
     concurrency: ClassVar[int] = 4
+    markets_weight: ClassVar[float] = 1.0
+    """What a request for the list of markets counts of the rate, in requests for candles."""
+    book_weight: ClassVar[float] = 1.0
+    """What one for the top of a book counts."""
+    snapshot_weight: ClassVar[float] = 1.0
+    """What one for the book that a live one begins with counts."""
     guards: ClassVar[type[VendorGuards]] = VendorGuards
     options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """ccxt's own options for this exchange."""
@@ -253,7 +259,9 @@ class CCXTExchangeClient(IExchangeAPIClient):
         self._check_open()
         await self._know(market, priority)
         book, _ = await self._request(
-            priority, lambda: self.vendor.fetch_order_book(market, BOOK_DEPTH)
+            priority,
+            lambda: self.vendor.fetch_order_book(market, BOOK_DEPTH),
+            weight=self.book_weight,
         )
         if not self.books_are_timed:
             book["timestamp"] = self._clock.now_ms() + self._skew_ms
@@ -381,10 +389,10 @@ class CCXTExchangeClient(IExchangeAPIClient):
         return [candle for candle in candles if candle.timestamp in window], exchange_time
 
     async def _request(
-        self, priority: Priority, ask: Callable[[], Awaitable[_T]]
+        self, priority: Priority, ask: Callable[[], Awaitable[_T]], *, weight: float = 1.0
     ) -> tuple[_T, int]:
         """Ask the exchange within a slot and the timeout; the answer, and the exchange's time."""
-        async with self._limiter.slot(priority):
+        async with self._limiter.slot(priority, weight=weight):
             self._check_open()
             answer = Answer()
             token = ANSWER.set(answer)
@@ -425,8 +433,11 @@ class CCXTExchangeClient(IExchangeAPIClient):
 
     async def _ask_for_book(self, market: str, levels: int | None) -> Any:
         """The book that a live one begins with, as ccxt gives it."""
+        # After what closes a candle: of many books that begin at once none is as urgent.
         book, _ = await self._request(
-            Priority.LIVE, lambda: self.vendor.fetch_order_book(market, levels)
+            Priority.REQUEST,
+            lambda: self.vendor.fetch_order_book(market, levels),
+            weight=self.snapshot_weight,
         )
         return book
 
@@ -443,7 +454,9 @@ class CCXTExchangeClient(IExchangeAPIClient):
                 if age < (_DOUBTED_MAX_AGE_S if self._doubted else max_age_s):
                     return
             try:
-                markets, _ = await self._request(priority, self.vendor.fetch_markets)
+                markets, _ = await self._request(
+                    priority, self.vendor.fetch_markets, weight=self.markets_weight
+                )
                 self._take_markets(markets)
             except ExchangeUnavailable:
                 if self._loaded_at is None or max_age_s < _MARKETS_MAX_AGE_S:

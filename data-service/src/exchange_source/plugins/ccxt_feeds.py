@@ -324,6 +324,13 @@ class TradeFeed(Feed):
     async def _unwatch(self) -> None:
         await self._source.vendor.un_watch_trades(self._market)
 
+    def end_streams(self, error: BaseException | None) -> None:
+        # What still comes after the end is nobody's.
+        trades = self._source.vendor.trades
+        if trades.get(self._market) is self._arrivals:
+            del trades[self._market]
+        super().end_streams(error)
+
     async def _take(self, news: Any) -> None:  # noqa: ARG002  they arrived where they are kept
         name = self._source.get_exchange_name()
         while self.streams and (arrived := self._arrivals.take()):

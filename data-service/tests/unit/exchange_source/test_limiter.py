@@ -21,17 +21,19 @@ class Client:
         self.finish: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def ask(self, name: str, priority: Priority = Priority.REQUEST) -> None:
+    async def ask(
+        self, name: str, priority: Priority = Priority.REQUEST, *, weight: float = 1.0
+    ) -> None:
         self.finish[name] = asyncio.Event()
-        self.tasks[name] = asyncio.create_task(self._run(name, priority))
+        self.tasks[name] = asyncio.create_task(self._run(name, priority, weight))
         await settle_loop()
 
     async def done(self, name: str) -> None:
         self.finish[name].set()
         await settle_loop()
 
-    async def _run(self, name: str, priority: Priority) -> None:
-        async with self.limiter.slot(priority):
+    async def _run(self, name: str, priority: Priority, weight: float) -> None:
+        async with self.limiter.slot(priority, weight=weight):
             self.started.append(name)
             await self.finish[name].wait()
 
@@ -58,6 +60,17 @@ async def single(clock: ManualClock) -> AsyncIterator[Client]:
     client = Client(limiter_of(clock, rate=1000, concurrency=1))
     yield client
     await finish(client)
+
+
+async def test_a_request_of_a_higher_weight_keeps_the_next_one_waiting_as_long(
+    paced: Client, clock: ManualClock
+) -> None:
+    await paced.ask("heavy", weight=12.5)
+    await paced.ask("next")
+    await clock.advance(1_249)
+    assert paced.started == ["heavy"]
+    await clock.advance(1)
+    assert paced.started == ["heavy", "next"]
 
 
 async def finish(client: Client) -> None:

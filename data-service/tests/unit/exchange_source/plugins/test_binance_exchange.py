@@ -77,7 +77,7 @@ class TestBinanceExchange(CcxtPluginContract):
         await world.subscribed()
         await until_told(book, 100.0)
         # Of a book that stays within every level is known.
-        assert (await until_told(book, 95.0)).bids[-1][0] == 94.5
+        assert (await until_told(book, 97.0)).bids[-1][0] == 96.5
         await push(80.0)
         with pytest.raises(BadExchangeAnswer, match="left what its snapshot showed"):
             await ended(book)
