@@ -47,6 +47,7 @@ from exchange_source.interfaces import (
     Priority,
 )
 from historical.interfaces import ISeriesDirectory, ResolvedSeries
+from historical.resampling import can_resample
 from reconciliation.interfaces import IReconciler, ISeriesView
 from storage.interfaces import IStorageManager, NotTheCollector, StorageUnavailable
 from storage.path_utility import StoragePathUtility
@@ -407,14 +408,51 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         )
         if collected:
             target = collected[0]
-            return ResolvedSeries(target.series, target.market, target.since)
+            return self._resolved(target.series, target.market, target.since)
         for name in (exchange,) if exchange is not None else self._order(coin):
             newest = await self._storage.get_latest_entry(name, coin, interval=interval)
             if newest is not None:
-                return ResolvedSeries(newest.series, newest.market)
-        selected = await self._select(coin, exchange)
-        self._check_offered(selected.exchange, interval)
-        return ResolvedSeries(Series(selected.exchange, coin, wanted), selected.market)
+                return self._resolved(newest.series, newest.market)
+        try:
+            selected = await self._select(coin, exchange)
+        except ExchangeUnavailable:
+            shorter = self._preferred(self._shorter(coin, exchange, wanted))
+            if not shorter:
+                raise
+            selected = _Selected(shorter[0].exchange, shorter[0].market, ())
+        resolved = self._resolved(Series(selected.exchange, coin, wanted), selected.market)
+        if not resolved.offered and not resolved.sources:
+            self._check_offered(selected.exchange, interval)
+        return resolved
+
+    def _resolved(self, series: Series, market: str, since: int | None = None) -> ResolvedSeries:
+        """A series, and which shorter ones it may be resampled from."""
+        if series.exchange not in self._connector.exchange_names:
+            return ResolvedSeries(series, market, since)
+        collected = sorted(
+            {
+                target.series.interval
+                for target in self._shorter(series.coin, series.exchange, series.interval)
+                if target.market == market
+            },
+            reverse=True,
+        )
+        names = self._connector.get_client(series.exchange).intervals
+        if series.interval.name in names:
+            return ResolvedSeries(series, market, since, tuple(collected))
+        fitting = [
+            item for item in map(Interval.parse, names) if can_resample(item, series.interval)
+        ]
+        sources = [*collected, *sorted(fitting, reverse=True)][:1]
+        return ResolvedSeries(series, market, since, tuple(sources), offered=False)
+
+    def _shorter(self, coin: str, exchange: str | None, interval: Interval) -> list[Target]:
+        """What is collected of a coin that an interval may be resampled from."""
+        return [
+            target
+            for target in self._collection.find(coin, exchange=exchange)
+            if can_resample(target.series.interval, interval)
+        ]
 
     # -- inside -----------------------------------------------------------------------------
 

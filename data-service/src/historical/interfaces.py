@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from domain.candle import Candle
 from domain.entry import Entry
 from domain.gap import Gap
+from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
 
@@ -22,11 +23,18 @@ class IJsonWebSocket(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSeries:
-    """Which series a request means. ``since`` is the target's, or None when it is not collected."""
+    """Which series a request means. ``since`` is the target's, or None when it is not collected.
+
+    ``sources`` are shorter intervals of the same market, the best first, that it may be resampled
+    from: those that are collected. Where the exchange offers no candles of this interval
+    (``offered``) it is one, collected or not.
+    """
 
     series: Series
     market: str
     since: int | None = None
+    sources: tuple[Interval, ...] = ()
+    offered: bool = True
 
 
 class ISeriesDirectory(ABC):
@@ -38,7 +46,8 @@ class ISeriesDirectory(ABC):
         first; next the one that has it stored; else the one that selection gives.
 
         Raises:
-            InvalidRequest: the coin can be no name, or the exchange does not offer the interval.
+            InvalidRequest: the coin can be no name, or the exchange does not offer the interval
+                and none that it could be resampled from.
             UnknownExchange: that exchange is not enabled.
             CoinNotAvailable: all exchanges that could be asked say no.
             ExchangeUnavailable: nothing is stored and none could be asked.
@@ -56,7 +65,7 @@ class History:
     series: Series
     market: str | None
     range: TimeRange
-    entries: tuple[Entry, ...]
+    candles: tuple[Candle, ...]
     gaps: tuple[Gap, ...]
     from_storage: int
     from_exchange: int

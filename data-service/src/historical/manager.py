@@ -21,6 +21,7 @@ from historical.interfaces import (
     IHistoricalDataManager,
     IJsonWebSocket,
     ISeriesDirectory,
+    ResolvedSeries,
     Summary,
 )
 from historical.messages import candle_row, gap_out
@@ -82,11 +83,12 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
         closed = self._fetcher.closed_part(resolved, wanted)
         pages: list[Page] = []
         count, at = 0, closed.start
+        most = self._fetcher.most_periods(resolved) or limit
         while at < closed.end and count < limit and len(pages) < WINDOWS_A_PAGE:
-            window = TimeRange(at, min(closed.end, at + (limit - count) * step))
+            window = TimeRange(at, min(closed.end, at + min(limit - count, most) * step))
             page = await self._fetcher.fetch_data(resolved, window)
             pages.append(page)
-            count += len(page.entries)
+            count += len(page.candles)
             at = window.end
         error = _error_of_none(pages)
         if error is not None:
@@ -95,7 +97,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
             series=resolved.series,
             market=resolved.market,
             range=wanted,
-            entries=tuple(entry for page in pages for entry in page.entries),
+            candles=tuple(candle for page in pages for candle in page.candles),
             gaps=joined(gap for page in pages for gap in page.gaps),
             from_storage=sum(page.from_storage for page in pages),
             from_exchange=sum(page.from_exchange for page in pages),
@@ -124,7 +126,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
         async for page in self._fetcher.pages(resolved, wanted, periods=chunk_size):
             gaps += page.gaps
             unanswered = page.error or unanswered
-            if not page.entries:
+            if not page.candles:
                 continue
             await websocket.send_json(
                 {
@@ -136,11 +138,11 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
                     "market": resolved.market,
                     "interval": series.interval.name,
                     "columns": HISTORY_COLUMNS,
-                    "rows": [candle_row(entry.candle) for entry in page.entries],
+                    "rows": [candle_row(candle) for candle in page.candles],
                 }
             )
             chunks += 1
-            count += len(page.entries)
+            count += len(page.candles)
             from_storage += page.from_storage
             from_exchange += page.from_exchange
         if count == 0 and unanswered is not None:
@@ -160,6 +162,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
         self, coin: str, *, exchange: str | None = None, interval: str = "5m"
     ) -> CurrentData:
         resolved = await self._directory.resolve(coin, exchange=exchange, interval=interval)
+        _check_kept(resolved)
         series = resolved.series
         if resolved.since is None:
             # Nobody keeps this series: what is stored may be old.
@@ -206,7 +209,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
         error = _error_of_none(pages)
         if error is not None:
             raise error
-        candles = [entry.candle for page in pages for entry in page.entries]
+        candles = [candle for page in pages for candle in page.candles]
         if not candles:
             raise NoData(
                 f"there is no candle of {resolved.series} between {start} and {end}; "
@@ -237,6 +240,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
         self, coin: str, *, exchange: str | None = None, interval: str = "5m"
     ) -> Coverage:
         resolved = await self._directory.resolve(coin, exchange=exchange, interval=interval)
+        _check_kept(resolved)
         series = resolved.series
         view = self._reconciler.view(series, resolved.market)
         now = series.interval.floor(self._clock.now_ms())
@@ -276,8 +280,17 @@ def _range(start: int, end: int) -> TimeRange:
     return TimeRange(start, end)
 
 
+def _check_kept(resolved: ResolvedSeries) -> None:
+    """Refuse what is told of stored entries only, of an interval that is resampled."""
+    if not resolved.offered:
+        raise InvalidRequest(
+            f"{resolved.series.exchange} does not offer {resolved.series.interval}; its history is "
+            f"resampled from {resolved.sources[0]}: ask for that one"
+        )
+
+
 def _error_of_none(pages: list[Page]) -> ExchangeError | None:
     """Why the exchange could not be asked, where there is not a single candle."""
-    if any(page.entries for page in pages):
+    if any(page.candles for page in pages):
         return None
     return next((page.error for page in pages if page.error is not None), None)

@@ -8,18 +8,7 @@ from itertools import pairwise
 from statistics import stdev
 
 from domain.candle import Candle
-
-
-def aggregate(candles: Sequence[Candle], timestamp: int) -> Candle:
-    """One candle over several ascending ones, opening at ``timestamp``."""
-    return Candle(
-        timestamp=timestamp,
-        open=candles[0].open,
-        high=max(candle.high for candle in candles),
-        low=min(candle.low for candle in candles),
-        close=candles[-1].close,
-        volume=math.fsum(candle.volume for candle in candles),
-    )
+from historical.resampling import aggregate
 
 
 def thinned(candles: Sequence[Candle], step: int, most: int) -> tuple[tuple[Candle, ...], int]:

@@ -328,7 +328,7 @@ class FakeHistory(IHistoricalDataManager):
             series=series,
             market=f"{series.coin}/USD",
             range=TimeRange(start, end),
-            entries=tuple(page),
+            candles=tuple(entry.candle for entry in page),
             gaps=self._gaps(series, start, end if more is None else more),
             from_storage=len(page),
             from_exchange=0,

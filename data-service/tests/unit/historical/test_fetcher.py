@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from domain.gap import Gap, GapReason, joined
 from domain.time_range import TimeRange
+from errors import InvalidRequest
 from exchange_source.interfaces import ExchangeUnavailable
-from historical.fetcher import HistoricalFetcher
+from historical.fetcher import MOST_SOURCE_PERIODS, HistoricalFetcher
 from historical.interfaces import ResolvedSeries
+from historical.resampling import aggregate
 from reconciliation.reconciler import Reconciler
 from storage.manager import StorageManagerImpl
 from tests.support.collecting import Collecting
@@ -29,7 +33,7 @@ async def test_a_range_that_is_stored_comes_from_storage_and_asks_nobody() -> No
         asked = len(world.exchange.asked)
         page = await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
     assert len(world.exchange.asked) == asked
-    assert [item.candle for item in page.entries] == candles(T0, 24)
+    assert list(page.candles) == candles(T0, 24)
     assert (page.from_storage, page.from_exchange) == (24, 0)
 
 
@@ -39,7 +43,7 @@ async def test_storage_is_read_for_exactly_the_closed_part_of_the_range() -> Non
     async with world.running():
         page = await fetcher(world).fetch_data(RESOLVED, TimeRange(now - HOUR - 1, now + HOUR))
     assert page.range == TimeRange(T0 + 23 * HOUR + FIVE, T0 + 24 * HOUR)
-    assert [item.timestamp for item in page.entries] == list(
+    assert [item.timestamp for item in page.candles] == list(
         range(page.range.start, page.range.end, FIVE)
     )
 
@@ -49,7 +53,7 @@ async def test_a_range_without_closed_periods_is_empty() -> None:
     now = world.clock.now_ms()
     async with world.running():
         page = await fetcher(world).fetch_data(RESOLVED, TimeRange(now, now + HOUR))
-    assert page.entries == ()
+    assert page.candles == ()
     assert page.gaps == ()
     assert world.exchange.asked == []
 
@@ -60,7 +64,7 @@ async def test_only_what_storage_lacks_is_fetched_and_it_is_kept() -> None:
         await fetcher(world).fetch_data(RESOLVED, TimeRange(T0, T0 + HOUR))
         world.exchange.asked.clear()
         page = await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
-    assert len(page.entries) == 24
+    assert len(page.candles) == 24
     assert (page.from_storage, page.from_exchange) == (12, 12)
     assert [asked.range for asked in world.exchange.asked] == [TimeRange(T0 + HOUR, T0 + 2 * HOUR)]
     assert len(await world.stored()) == 24
@@ -73,12 +77,12 @@ async def test_what_overlaps_is_there_once_and_as_the_exchange_corrected_it() ->
     world.exchange.put("BTC/USD", "5m", [corrected])
     async with world.running():
         page = await fetcher(world).fetch_data(RESOLVED, TimeRange(T0 + 11 * FIVE, T0 + 14 * FIVE))
-    assert [item.timestamp for item in page.entries] == [
+    assert [item.timestamp for item in page.candles] == [
         T0 + 11 * FIVE,
         T0 + 12 * FIVE,
         T0 + 13 * FIVE,
     ]
-    assert (page.entries[1].candle, page.entries[1].revision) == (corrected, 2)
+    assert (page.candles[1]) == corrected
 
 
 async def test_when_the_exchange_is_away_what_is_stored_is_served_with_its_gaps() -> None:
@@ -87,7 +91,7 @@ async def test_when_the_exchange_is_away_what_is_stored_is_served_with_its_gaps(
     world.exchange.fail_with = ExchangeUnavailable("503")
     async with world.running():
         page = await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
-    assert len(page.entries) == 12
+    assert len(page.candles) == 12
     assert page.gaps == (Gap(TimeRange(T0 + HOUR, T0 + 2 * HOUR), GapReason.UNREACHABLE),)
     assert page.error is world.exchange.fail_with
 
@@ -107,7 +111,7 @@ async def test_an_exchange_that_does_not_answer_in_time_leaves_the_range_pending
     async with world.running():
         page = await hasty.fetch_data(RESOLVED, TWO_HOURS)
         world.exchange.gate.set()
-    assert page.entries == ()
+    assert page.candles == ()
     assert page.gaps == (Gap(TWO_HOURS, GapReason.PENDING),)
 
 
@@ -115,7 +119,7 @@ async def test_pages_cover_the_range_in_order() -> None:
     world = Collecting()
     async with world.running():
         pages = [page async for page in fetcher(world).pages(RESOLVED, TWO_HOURS, periods=10)]
-    assert [len(page.entries) for page in pages] == [10, 10, 4]
+    assert [len(page.candles) for page in pages] == [10, 10, 4]
     assert pages[1].range.start == T0 + 10 * FIVE
 
 
@@ -144,5 +148,85 @@ async def test_what_another_process_stores_meanwhile_is_a_row_and_no_gap() -> No
     page = await HistoricalFetcher(other.storage, reconciler, other.clock).fetch_data(
         RESOLVED, TimeRange(T0, T0 + 4 * FIVE)
     )
-    assert [item.timestamp for item in page.entries] == [T0, T0 + FIVE, T0 + 2 * FIVE]
+    assert [item.timestamp for item in page.candles] == [T0, T0 + FIVE, T0 + 2 * FIVE]
     assert page.gaps == (Gap(TimeRange(T0 + 3 * FIVE, T0 + 4 * FIVE), GapReason.PENDING),)
+
+
+class TestResampling:
+    """An interval that the exchange does not offer, or does not give."""
+
+    async def test_what_the_exchange_does_not_offer_is_made_of_the_longest_that_fits(self) -> None:
+        world = Collecting()
+        world.exchange.intervals = ("1m", "5m", "15m", "1h", "1d")
+        hours = [aggregate(candles(T0 + at * HOUR, 12), T0 + at * HOUR) for at in range(24)]
+        world.exchange.put("BTC/USD", "1h", hours)
+        async with world.running():
+            resolved = await world.manager.resolve("BTC", exchange=None, interval="4h")
+            page = await fetcher(world).fetch_data(resolved, TimeRange(T0, T0 + 24 * HOUR))
+            again = await fetcher(world).fetch_data(resolved, TimeRange(T0, T0 + 24 * HOUR))
+        assert (resolved.offered, [str(item) for item in resolved.sources]) == (False, ["1h"])
+        wanted = [aggregate(hours[at : at + 4], T0 + at * HOUR) for at in range(0, 24, 4)]
+        # The market's day is not over by its grace: the last bucket is not proven yet.
+        assert list(page.candles) == wanted[: len(page.candles)]
+        assert len(page.candles) >= 5
+        assert (page.from_storage, page.from_exchange) == (0, len(page.candles))
+        assert {asked.interval for asked in world.exchange.asked} == {"1h"}
+        assert (again.from_storage, again.from_exchange) == (len(page.candles), 0)
+
+    async def test_a_collected_interval_is_the_source_before_any_other(self) -> None:
+        world = Collecting()
+        world.exchange.intervals = ("1m", "5m", "15m", "1d")
+        async with world.running():
+            await world.manager.add_coin("BTC", interval="5m")
+            resolved = await world.manager.resolve("BTC", exchange=None, interval="1h")
+        assert [str(item) for item in resolved.sources] == ["5m"]
+
+    async def test_what_nothing_fits_into_is_refused(self) -> None:
+        world = Collecting()
+        world.exchange.intervals = ("5m", "1h")
+        async with world.running():
+            with pytest.raises(InvalidRequest, match="does not offer the interval 1m"):
+                await world.manager.resolve("BTC", exchange=None, interval="1m")
+
+    async def test_what_is_known_in_part_is_a_gap_of_the_longer_interval(self) -> None:
+        world = Collecting()
+        world.exchange.intervals = ("5m",)
+        world.exchange.candles["BTC/USD", "5m"].clear()
+        world.exchange.put("BTC/USD", "5m", candles(T0 + FIVE, 200, holes=[30]))
+        async with world.running():
+            resolved = await world.manager.resolve("BTC", exchange=None, interval="1h")
+            page = await fetcher(world).fetch_data(resolved, TimeRange(T0, T0 + 4 * HOUR))
+        assert page.gaps == (Gap(TimeRange(T0, T0 + HOUR), GapReason.NOT_OFFERED),)
+        assert [item.timestamp for item in page.candles] == [T0 + at * HOUR for at in (1, 2, 3)]
+
+    @pytest.mark.parametrize("trouble", ["away", "not offered any more"])
+    async def test_what_the_exchange_does_not_give_is_made_of_what_is_stored_of_a_shorter_one(
+        self, trouble: str
+    ) -> None:
+        world = Collecting()
+        now = world.clock.now_ms()
+        hour = TimeRange(now - now % HOUR - 4 * HOUR, now - now % HOUR)
+        async with world.running():
+            await world.manager.add_coin("BTC", interval="5m")
+            await world.pass_time(60_000)
+            if trouble == "away":
+                world.exchange.fail_with = ExchangeUnavailable("gone")
+            else:
+                world.exchange.put("BTC/USD", "1h", [candle(hour.end)])
+            resolved = await world.manager.resolve("BTC", exchange=None, interval="1h")
+            page = await fetcher(world).fetch_data(resolved, hour)
+        assert resolved.offered
+        assert page.gaps == ()
+        assert list(page.candles) == [
+            aggregate(candles(at, 12), at) for at in range(hour.start, hour.end, HOUR)
+        ]
+        assert (page.from_storage, page.from_exchange) == (4, 0)
+
+    async def test_a_page_is_made_of_a_bounded_number_of_candles(self) -> None:
+        world = Collecting()
+        world.exchange.intervals = ("1m",)
+        async with world.running():
+            resolved = await world.manager.resolve("BTC", exchange=None, interval="1w")
+        week = 7 * 24 * 60
+        assert fetcher(world).most_periods(resolved) == MOST_SOURCE_PERIODS // week
+        assert fetcher(world).most_periods(RESOLVED) is None

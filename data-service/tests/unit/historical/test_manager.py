@@ -140,12 +140,12 @@ async def test_a_page_holds_at_most_its_limit_and_says_where_the_next_starts() -
     world = Collecting()
     async with world.running():
         page = await history(world).get_historical_data("BTC", T0, T0 + 2 * HOUR, limit=20)
-        assert [entry.candle for entry in page.entries] == candles(T0, 20)
+        assert list(page.candles) == candles(T0, 20)
         assert page.next_start == T0 + 20 * FIVE
         rest = await history(world).get_historical_data(
             "BTC", page.next_start, T0 + 2 * HOUR, limit=20
         )
-    assert len(rest.entries) == 4
+    assert len(rest.candles) == 4
     assert rest.next_start is None
     assert (rest.from_storage, rest.from_exchange) == (0, 4)
 
@@ -156,7 +156,7 @@ async def test_holes_do_not_make_a_page_shorter() -> None:
         del world.exchange.candles["BTC/USD", "5m"][T0 + at * FIVE]
     async with world.running():
         page = await history(world).get_historical_data("BTC", T0, T0 + 4 * HOUR, limit=20)
-    assert len(page.entries) == 20
+    assert len(page.candles) == 20
     assert page.gaps == (Gap(TimeRange(T0 + 5 * FIVE, T0 + 15 * FIVE), GapReason.NO_TRADES),)
 
 
@@ -164,7 +164,7 @@ async def test_history_without_rows_is_an_answer() -> None:
     world = Collecting()
     async with world.running():
         page = await history(world).get_historical_data("BTC", T0 - 2 * HOUR, T0 - HOUR)
-    assert page.entries == ()
+    assert page.candles == ()
     assert {gap.reason for gap in page.gaps} == {GapReason.NOT_OFFERED}
 
 
@@ -174,7 +174,7 @@ async def test_with_something_stored_an_exchange_that_is_away_is_told_in_the_gap
         await history(world).get_historical_data("BTC", T0, T0 + HOUR)
         world.exchange.fail_with = ExchangeUnavailable("503")
         page = await history(world).get_historical_data("BTC", T0 + 2 * HOUR, T0 + 3 * HOUR)
-        assert page.entries == ()
+        assert page.candles == ()
         assert {gap.reason for gap in page.gaps} == {GapReason.UNREACHABLE}
         socket = Socket()
         await history(world).stream_historical_data(socket, "BTC", T0 + 2 * HOUR, T0 + 3 * HOUR)

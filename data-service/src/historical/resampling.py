@@ -1,0 +1,120 @@
+"""Candles of a longer interval from those of a shorter one: a pure function.
+
+A bucket is a period of the longer interval. It has a candle when each of its periods has one or is
+proven to have had no trades, and at least one has one; else it is a gap, for a reason of its own:
+``no_trades`` when all of it is proven so, and otherwise that of its periods that weighs most. A
+bucket that is known in part only is left out: half a bucket looks like a whole one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from domain.candle import Candle
+from domain.gap import Gap, GapReason, joined
+from domain.interval import Interval
+from domain.time_range import TimeRange
+
+# What a bucket is called that lacks periods for several reasons: what may still mend comes first.
+_WEIGHT: Final = (GapReason.UNREACHABLE, GapReason.PENDING, GapReason.NOT_OFFERED)
+
+
+@dataclass(frozen=True, slots=True)
+class Resampled:
+    """Candles of the longer interval, ascending, and the buckets that have none."""
+
+    candles: tuple[Candle, ...]
+    gaps: tuple[Gap, ...]
+
+
+def can_resample(source: Interval, target: Interval) -> bool:
+    """Whether every period of ``target`` is a whole number of periods of ``source``."""
+    return (
+        source < target
+        and target.milliseconds % source.milliseconds == 0
+        and source.is_aligned(target.anchor)
+    )
+
+
+def aggregate(candles: Sequence[Candle], timestamp: int) -> Candle:
+    """One candle over several ascending ones, opening at ``timestamp``."""
+    return Candle(
+        timestamp=timestamp,
+        open=candles[0].open,
+        high=max(candle.high for candle in candles),
+        low=min(candle.low for candle in candles),
+        close=candles[-1].close,
+        volume=math.fsum(candle.volume for candle in candles),
+    )
+
+
+def resample(
+    candles: Sequence[Candle],
+    gaps: Sequence[Gap],
+    wanted: TimeRange,
+    *,
+    source: Interval,
+    target: Interval,
+) -> Resampled:
+    """The buckets of ``wanted``, whose ends open buckets.
+
+    ``candles`` and ``gaps`` are those of the shorter interval in the same range, ascending: a
+    period in neither of them counts as pending.
+
+    Raises:
+        ValueError: the intervals do not fit together, or the range cuts a bucket.
+    """
+    if not can_resample(source, target):
+        raise ValueError(f"{target} is no multiple of {source}")
+    if not (target.is_aligned(wanted.start) and target.is_aligned(wanted.end)):
+        raise ValueError(f"{wanted} cuts a period of {target}")
+    found: list[Candle] = []
+    left_out: list[Gap] = []
+    at = 0
+    open_gaps = _Walk(gaps)
+    for start in range(wanted.start, wanted.end, target.milliseconds):
+        bucket = TimeRange(start, start + target.milliseconds)
+        first = at
+        while at < len(candles) and candles[at].timestamp < bucket.end:
+            at += 1
+        inside = candles[first:at]
+        reason = _reason(bucket, len(inside), list(open_gaps.within(bucket)), source)
+        if reason is None:
+            found.append(aggregate(inside, start))
+        else:
+            left_out.append(Gap(bucket, reason))
+    return Resampled(tuple(found), joined(left_out))
+
+
+class _Walk:
+    """Ascending gaps, looked at by ranges that ascend too."""
+
+    def __init__(self, gaps: Sequence[Gap]) -> None:
+        self._gaps = gaps
+        self._at = 0
+
+    def within(self, part: TimeRange) -> Iterator[Gap]:
+        """What of the gaps lies in ``part``."""
+        while self._at < len(self._gaps) and self._gaps[self._at].range.end <= part.start:
+            self._at += 1
+        for gap in self._gaps[self._at :]:
+            if gap.range.start >= part.end:
+                return
+            yield Gap(gap.range.intersect(part), gap.reason)
+
+
+def _reason(
+    bucket: TimeRange, count: int, gaps: Sequence[Gap], source: Interval
+) -> GapReason | None:
+    """Why a bucket has no candle, or None when it has one."""
+    reasons = {gap.reason for gap in gaps}
+    for reason in _WEIGHT:
+        if reason in reasons:
+            return reason
+    quiet = sum(gap.count(source) for gap in gaps)
+    if count + quiet < bucket.length // source.milliseconds:
+        return GapReason.PENDING
+    return None if count else GapReason.NO_TRADES
