@@ -53,12 +53,15 @@ drill: setup ## Kill the service thirty times and lie to it, and compare what is
 	@CB_TRADE_DRILL=long $(BIN)/python -m pytest -s data-service/tests/drills
 
 $(PEERS)/.ready: $(VENV)/.ready requirements-peers.lock
+	@command -v cc >/dev/null || \
+		{ echo "make: cryptofeed is compiled, which needs a C compiler and Python's headers; install them" >&2; exit 1; }
 	@echo "Setting up $(PEERS) ..."
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv --without-pip $(PEERS)
-	@VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode requirements-peers.lock
+	@VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode \
+		--build-constraints requirements-peers.lock requirements-peers.lock
 	@touch $@
 
-peers: setup $(PEERS)/.ready ## Let freqtrade and cryptofeed read the sandbox beside the service, and compare (3 minutes)
+peers: setup $(PEERS)/.ready ## Let freqtrade and cryptofeed read the sandbox beside the service, and compare (1 minute)
 	@CB_TRADE_PEERS=$(CURDIR)/$(PEERS) $(BIN)/python -m pytest -s data-service/tests/peers
 
 soak: setup ## Run the service for 24 hours of a fast market and watch its memory (25 minutes)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.peers.running import run_peer
 from tests.support.processes import Feed, market_clock, stack
 
-PEERS = Path(os.environ["CB_TRADE_PEERS"])
 SCRIPT = Path(__file__).parents[2] / "benchmarks/stream_cryptofeed.py"
 MARKETS = ("BTC/USDT", "ETH/USDT", "SOL/USDT")
 COUNT = 400
@@ -51,16 +50,14 @@ async def test_it_sees_the_same_trades_as_a_subscriber_of_the_service(tmp_path: 
                 message = await feed.next("realtime_data")
                 ours[message["market"]] += message["data"]
 
-        listening = asyncio.create_task(listen())
-        process = await asyncio.create_subprocess_exec(
-            str(PEERS / "bin/python"), str(SCRIPT), "--url", running.sandbox_url,
-            "--symbols", ",".join(MARKETS), "--count", str(COUNT), "--out", str(out),
-            stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        async with asyncio.timeout(PATIENCE_S):
-            assert await process.wait() == 0
-        listening.cancel()
-        await asyncio.wait([listening])
+        async with asyncio.TaskGroup() as group:
+            listening = group.create_task(listen())
+            await run_peer(
+                "python", str(SCRIPT), "--url", running.sandbox_url,
+                "--symbols", ",".join(MARKETS), "--count", str(COUNT), "--out", str(out),
+                folder=tmp_path, within_s=PATIENCE_S,
+            )  # fmt: skip
+            listening.cancel()
     theirs = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(theirs) >= COUNT
     compared = 0

@@ -98,28 +98,40 @@ async def stop(process: asyncio.subprocess.Process, number: int = signal.SIGTERM
     return process.returncode
 
 
-async def run(
-    *arguments: str, folder: Path, **settings: str
-) -> tuple[int | None, list[str], list[str]]:
-    """Run a command to its end: exit code, lines of output, lines of errors."""
+async def completed(
+    *command: str, environment: Mapping[str, str], folder: Path, within_s: float
+) -> tuple[int | None, str, str]:
+    """Run a program in ``folder`` to its end: exit code, output, errors. It never outlives this.
+
+    Raises:
+        TimeoutError: it had not ended after ``within_s``.
+    """
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "cli",
-        *arguments,
-        env=clean_environment(**settings),
+        *command,
+        env=dict(environment),
         cwd=folder,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(RUN_TIMEOUT_S):
+        async with asyncio.timeout(within_s):
             output, errors = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return process.returncode, output.decode().splitlines(), errors.decode().splitlines()
+    return process.returncode, output.decode(), errors.decode()
+
+
+async def run(
+    *arguments: str, folder: Path, **settings: str
+) -> tuple[int | None, list[str], list[str]]:
+    """Run a command of ours to its end: exit code, lines of output, lines of errors."""
+    code, output, errors = await completed(
+        sys.executable, "-m", "cli", *arguments,
+        environment=clean_environment(**settings), folder=folder, within_s=RUN_TIMEOUT_S,
+    )  # fmt: skip
+    return code, output.splitlines(), errors.splitlines()
 
 
 @dataclass
@@ -166,9 +178,9 @@ class Stack:
     def storage_root(self) -> Path:
         return self.folder / "data"
 
-    def documents(self, coin_folder: str) -> list[dict[str, Any]]:
+    def documents(self, coin_folder: str, exchange: str = "crypto.com") -> list[dict[str, Any]]:
         """Every document of a coin, by name, read from disk and not through the service."""
-        folder = self.storage_root / "raw_data" / "crypto.com" / coin_folder
+        folder = self.storage_root / "raw_data" / exchange / coin_folder
         return [json.loads(path.read_bytes()) for path in sorted(folder.rglob("*.json"))]
 
     async def token(self, scope: str = "data:read data:write") -> str:

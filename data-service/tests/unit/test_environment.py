@@ -44,6 +44,16 @@ def test_the_locks_hold_every_dependency_by_hash_and_agree() -> None:
         assert "http" not in re.sub(r"^[a-z0-9._-]+==.*$", "", text, flags=re.MULTILINE)
 
 
+def test_the_lock_of_the_peers_holds_them_as_they_are_wanted_and_what_builds_them() -> None:
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    lock = locked("requirements-peers.lock")
+    pinned = dict(item.split("==") for item in groups["peers"] if "==" in item)
+    assert {name: lock.get(name) for name in pinned} == pinned
+    assert {"cryptofeed", "freqtrade"} <= set(pinned)
+    assert {"cython", "orjson", "setuptools", "websockets", "wheel"} <= set(lock)
+    assert "--build-constraints requirements-peers.lock" in (ROOT / "Makefile").read_text()
+
+
 def test_the_emulator_of_azure_is_one_version_locked_by_hash_without_addresses() -> None:
     folder = ROOT / "data-service/tests/azurite"
     package = json.loads((folder / "package.json").read_text())
