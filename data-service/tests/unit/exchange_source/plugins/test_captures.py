@@ -1,4 +1,4 @@
-"""What exchanges really sent, through real ccxt: values, and books equal to an independent rebuild."""
+"""What exchanges really sent, through real ccxt: values, and books equal to a rebuild by us."""
 
 from __future__ import annotations
 

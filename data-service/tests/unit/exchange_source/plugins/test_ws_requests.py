@@ -107,25 +107,36 @@ async def test_what_is_asked_for_while_a_message_is_under_way_goes_out_with_the_
     assert socket.sent == [subscribe(1, "a"), subscribe(2, "b", "c")]
 
 
-async def test_what_differs_in_kind_keeps_its_order() -> None:
+async def test_what_differs_in_kind_goes_out_apart_however_it_is_mixed() -> None:
+    socket = Socket()
+    await socket.ask(subscribe(1, "a"), unsubscribe(2, "b"), subscribe(3, "c"), unsubscribe(4, "d"))
+    assert socket.sent == [subscribe(1, "a", "c"), unsubscribe(2, "b", "d")]
+
+
+async def test_what_differs_in_kind_keeps_its_order_where_it_is_about_the_same() -> None:
     socket = Socket()
     await socket.ask(
         subscribe(1, "a"),
         subscribe(2, "b"),
-        unsubscribe(3, "a"),
-        subscribe(4, "a"),
+        unsubscribe(3, "a", "x"),
+        subscribe(4, "a", "y"),
         subscribe(5, "c"),
+        subscribe(6, "y"),
     )
-    assert socket.sent == [subscribe(1, "a", "b"), unsubscribe(3, "a"), subscribe(4, "a", "c")]
+    assert socket.sent == [
+        subscribe(1, "a", "b", "c"),
+        unsubscribe(3, "a", "x"),
+        subscribe(4, "a", "y", "y"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("asked", "wanted"),
     [
         (["a", "b", "c", "d"], ["abc", "d"]),
-        (["ab", "cd", "e"], ["ab", "cde"]),
+        (["ab", "cd", "e"], ["abe", "cd"]),
         (["abcde"], ["abcde"]),
-        (["a", "bcde", "f"], ["a", "bcde", "f"]),
+        (["a", "bcde", "f"], ["af", "bcde"]),
     ],
     ids=["full", "does not fit", "one that is too long", "too long amid others"],
 )
@@ -139,7 +150,7 @@ async def test_a_message_holds_no_more_names_than_it_may_unless_one_request_has_
 
 async def test_an_answer_is_shared_out_to_all_that_it_is_for_and_only_once() -> None:
     socket = Socket()
-    await socket.ask(subscribe(1, "a"), subscribe(2, "b"), unsubscribe(3, "c"))
+    await socket.ask(subscribe(1, "a"), unsubscribe(3, "c"), subscribe(2, "b"))
     assert socket.requests.answered(1) == [1, 2]
     assert socket.requests.answered("3") == [3]
     assert socket.requests.answered(1) == [1]
