@@ -203,6 +203,7 @@ class BinanceExchange(CCXTExchangeClient):
     markets_weight: ClassVar[float] = 10.0
     book_weight: ClassVar[float] = 2.5
     snapshot_weight: ClassVar[float] = 12.5
+    subscription_weight: ClassVar[float] = 0.0
     concurrency: ClassVar[int] = 8
     guards: ClassVar[type[VendorGuards]] = BinanceGuards
     books_are_timed: ClassVar[bool] = False

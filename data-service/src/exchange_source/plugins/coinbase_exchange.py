@@ -202,6 +202,7 @@ class CoinbaseExchange(CCXTExchangeClient):
     page_rows: ClassVar[int] = 300
     # 10 a second and address for who has no account.
     requests_per_second: ClassVar[float] = 8.0
+    subscription_weight: ClassVar[float] = 0.0
     concurrency: ClassVar[int] = 4
     guards: ClassVar[type[VendorGuards]] = CoinbaseGuards
     kept_levels: ClassVar[int | None] = None
