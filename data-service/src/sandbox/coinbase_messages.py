@@ -17,10 +17,12 @@ import orjson
 
 from domain.candle import Candle
 from domain.order_book import Level, OrderBook
-from sandbox.prices import Instrument, Trade
+from sandbox.prices import Instrument, Side, Trade
 from sandbox.protocol import plain
 from sandbox.venue import Ticker
 
+# Of a trade the side of its maker is told.
+_MAKER_SIDES: Final[Mapping[Side, str]] = {"buy": "SELL", "sell": "BUY"}
 _NUMBER: Final = '"sequence_num":'
 _NO_NUMBER: Final = f"{_NUMBER}null"
 _FIAT: Final[Mapping[str, str]] = {"USD": "US Dollar", "EUR": "Euro"}
@@ -290,7 +292,7 @@ def _trade(product_id: str, trade: Trade) -> dict[str, str]:
         "price": plain(trade.price),
         "size": plain(trade.amount),
         "time": time_text(trade.timestamp),
-        "side": trade.side.upper(),
+        "side": _MAKER_SIDES[trade.side],
     }
 
 

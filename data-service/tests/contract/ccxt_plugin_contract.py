@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from domain.ticker import Ticker
 from errors import InvalidRequest
 from exchange_source.interfaces import (
     BadExchangeAnswer,
@@ -163,6 +164,16 @@ class CcxtPluginContract:
         fault(world, "refuse_connections")
         with pytest.raises(ExchangeUnavailable):
             await world.client.check_coin_availability("BTC")
+
+    async def test_a_day_without_a_change_is_told_as_one(self, world: SandboxWorld) -> None:
+        got: asyncio.Queue[Ticker] = asyncio.Queue()
+        await world.client.start_ticker_stream(MARKET, got.put)
+        await world.subscribed()
+        async with asyncio.timeout(10):
+            wanted = await world.push_ticker()
+            while (ticker := await got.get()).timestamp < wanted.timestamp:
+                pass
+        assert ticker.change_percent == wanted.change_percent == 0
 
     async def test_an_unknown_market_is_refused(self, world: SandboxWorld) -> None:
         with pytest.raises(ExchangeRefused):

@@ -1,104 +1,137 @@
-"""Captured exchange traffic, played to a plugin: what really came, in the order in which it came.
+"""Exchange traffic as it was captured: what really came, in the order in which it came.
 
 Lines of a capture: ``URL <-> time`` (a connection), ``URL <- time: json`` (sent), ``URL -> time:
-json`` (an answer), ``time: json`` (received). Without captured traffic recordings of the same form
-are made up, seeded, by the rules of the exchange.
-
-Binance's capture is of combined streams and of aggregated trades; it is played as the single
-streams that ccxt asks for, an aggregated trade of one trade as that trade. Coinbase's is of the
-older Exchange protocol: it is translated into Advanced Trade's, message by message.
+json`` (an answer), ``time: json`` (received). Where nothing was captured, and beside it, traffic of
+the same kinds is made up, seeded, by the rules of the exchange: what of a capture the tests use is
+all that is made.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import random
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiohttp import WSMsgType, web
-
-from sandbox import binance_messages
+from sandbox.coinbase_messages import time_text
 from sandbox.prices import Instrument
 
 Message = dict[str, Any]
-_LINE = re.compile(r"(?:(?P<url>\S+) (?P<way><-|->|<->) )?(?P<time>[0-9.]+)(?:: (?P<body>.*))?")
-_START_MS = 1_633_998_510_000
-_SAMPLES = os.environ.get("CB_TRADE_SAMPLE_DATA") or None
-
-
-def _lines(name: str) -> Iterator[tuple[str | None, str | None, Any]]:
-    """Of each line with a document: its address, which way it went, and the document."""
-    assert _SAMPLES is not None
-    with (Path(_SAMPLES) / "captures" / name).open() as file:
-        for line in file:
-            match = _LINE.fullmatch(line.rstrip("\n"))
-            if match is not None and match["body"] is not None:
-                yield match["url"], match["way"], json.loads(match["body"])
+BEST = "bookTicker"
+"""The one kind of Binance's messages that does not say of which it is: best prices."""
+SOURCES = ("generated", "captured") if os.environ.get("CB_TRADE_SAMPLE_DATA") else ("generated",)
+"""Where traffic comes from: it is always generated, and captured where there is some."""
 
 
 @dataclass(frozen=True, slots=True)
 class BinanceCapture:
-    """``instruments`` by their names there; ``snapshots`` by the same, ``messages`` as received
-    without their envelopes."""
+    """``instruments`` by their names there, ``snapshots`` of books by the same; ``messages`` out of
+    their envelopes, those that have no time with that of their arrival."""
 
     instruments: Mapping[str, Instrument]
     snapshots: Mapping[str, Message]
     messages: Sequence[Message]
 
+    def of(self, kind: str, name: str | None = None) -> list[Message]:
+        """The messages of one kind, of one instrument or of all."""
+        return [
+            message
+            for message in self.messages
+            if message.get("e", BEST) == kind and name in (None, message["s"])
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class CoinbaseCapture:
-    """``products`` and ``messages`` of the Exchange protocol, subscriptions left out."""
+    """``products`` and ``messages`` of the older Exchange protocol, confirmations left out; those
+    that have no time have that of their arrival."""
 
-    products: Sequence[str]
+    products: Sequence[Message]
     messages: Sequence[Message]
 
+    @property
+    def told_of(self) -> list[str]:
+        """The products that the messages are about."""
+        return sorted({message["product_id"] for message in self.messages})
 
-def binance_capture() -> BinanceCapture:
-    """What was captured, or a recording of the same kind."""
-    if _SAMPLES is None:
-        return _recorded_binance()
-    pairs = (("NKN", "USDT"), ("BLZ", "ETH"), ("LRC", "BTC"), ("RUNE", "EUR"))
-    snapshots = {}
-    for url, way, document in _lines("BINANCE.http.0.0"):
-        if way == "->" and "/depth?" in (url or ""):
-            snapshots[re.findall(r"symbol=(\w+)", url or "")[0]] = document
+    def of(self, kind: str, product: str | None = None) -> list[Message]:
+        """The messages of one kind, of one product or of all."""
+        return [
+            message
+            for message in self.messages
+            if message["type"] == kind and product in (None, message["product_id"])
+        ]
+
+
+def binance_capture(source: str) -> BinanceCapture:
+    """Binance's traffic from one of the ``SOURCES``."""
+    if source == "generated":
+        return _generated_binance()
+    snapshots = {
+        re.findall(r"/depth\?symbol=(\w+)", line.url)[0]: line.document
+        for line in _lines("BINANCE.http.0.0")
+        if "/depth?" in line.url
+    }
     messages = [
-        document["data"]
-        for url, _, document in _lines("BINANCE.ws.1.0")
-        if url is None and "data" in document
+        {"E": line.at_ms, **line.document["data"]}
+        for line in _lines("BINANCE.ws.1.0")
+        if not line.url and "data" in line.document
     ]
-    return BinanceCapture(_instruments(pairs), snapshots, messages)
+    return BinanceCapture(_instruments(), snapshots, messages)
 
 
-def coinbase_capture() -> CoinbaseCapture:
-    """What was captured, or a recording of the same kind."""
-    if _SAMPLES is None:
-        return _recorded_coinbase()
+def coinbase_capture(source: str) -> CoinbaseCapture:
+    """Coinbase's traffic from one of the ``SOURCES``."""
+    if source == "generated":
+        return _generated_coinbase()
+    (products,) = (line.document for line in _lines("COINBASE.0") if line.way == "->")
     messages = [
-        document
-        for url, _, document in _lines("COINBASE.ws.28.0")
-        if url is None and document["type"] != "subscriptions"
+        {"time": time_text(line.at_ms), **line.document}
+        for line in _lines("COINBASE.ws.28.0")
+        if not line.url and line.document["type"] != "subscriptions"
     ]
-    products = sorted({message["product_id"] for message in messages})
     return CoinbaseCapture(products, messages)
 
 
-def _instruments(pairs: Sequence[tuple[str, str]]) -> dict[str, Instrument]:
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line that holds a document; what was received has neither ``url`` nor ``way``."""
+
+    url: str
+    way: str
+    at_ms: int
+    document: Any
+
+
+_LINE = re.compile(r"(?:(?P<url>\S+) (?P<way><-|->) )?(?P<time>[0-9.]+): (?P<body>.*)")
+
+
+def _lines(name: str) -> Iterator[_Line]:
+    with (Path(os.environ["CB_TRADE_SAMPLE_DATA"]) / "captures" / name).open() as file:
+        for text in file:
+            line = _LINE.fullmatch(text.rstrip("\n"))
+            if line is not None:
+                at_ms = round(float(line["time"]) * 1000)
+                yield _Line(line["url"] or "", line["way"] or "", at_ms, json.loads(line["body"]))
+
+
+def _instruments() -> dict[str, Instrument]:
+    pairs = (("NKN", "USDT"), ("BLZ", "ETH"), ("LRC", "BTC"), ("RUNE", "EUR"))
     return {
         f"{base}{quote}": Instrument(base, quote, price_decimals=8, quantity_decimals=8)
         for base, quote in pairs
     }
 
 
-# -- recordings where nothing was captured --------------------------------------------------------
+# -- traffic that is made up ----------------------------------------------------------------------
+
+_BINANCE_START_MS = 1_633_998_510_000
+# A little before the end of a minute, so that candles of two are made of what is traded.
+_COINBASE_START_MS = 1_618_677_832_000
 
 
 class _Book:
@@ -108,338 +141,128 @@ class _Book:
         self._rng = rng
         self._levels = levels
         self._middle = 10_000
-        self.sides: tuple[dict[int, int], dict[int, int]] = ({}, {})
+        self.bids: dict[int, int] = {}
+        self.asks: dict[int, int] = {}
         self.change()
 
-    def change(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Move a little; the changed bids and asks, an amount of 0 where a level is gone."""
+    def change(self) -> tuple[list[list[str]], list[list[str]]]:
+        """Move a little; the bids and asks that changed, with an amount of 0 where one is gone."""
         self._middle += self._rng.randint(-3, 3)
-        changes: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-        for side, step, told in zip(self.sides, (-1, 1), changes, strict=True):
-            wanted = {self._middle + step * at for at in range(1, self._levels + 1)}
-            for price in [price for price in side if price not in wanted]:
-                del side[price]
-                told.append((price, 0))
-            for price in sorted(wanted):
-                if price not in side or self._rng.random() < 0.05:
-                    side[price] = self._rng.randint(1, 900)
-                    told.append((price, side[price]))
-        return changes
+        return self._changed(self.bids, -1), self._changed(self.asks, 1)
+
+    def _changed(self, side: dict[int, int], step: int) -> list[list[str]]:
+        wanted = [self._middle + step * at for at in range(1, self._levels + 1)]
+        gone = set(side) - set(wanted)
+        changed = [price for price in wanted if price not in side or self._rng.random() < 0.05]
+        for price in gone:
+            del side[price]
+        side.update((price, self._rng.randint(1, 900)) for price in changed)
+        return _texts({price: side.get(price, 0) for price in (*sorted(gone), *changed)})
+
+    def best(self) -> tuple[list[str], list[str]]:
+        """Price and amount of the highest bid and of the lowest ask."""
+        (bid,) = _texts({price: self.bids[price] for price in [max(self.bids)]})
+        (ask,) = _texts({price: self.asks[price] for price in [min(self.asks)]})
+        return bid, ask
 
 
-def _texts(levels: Sequence[tuple[int, int]]) -> list[list[str]]:
-    return [[f"{price / 1000:.8f}", f"{amount:.8f}"] for price, amount in levels]
+def _texts(levels: Mapping[int, int]) -> list[list[str]]:
+    return [[f"{price / 1000:.8f}", f"{amount:.8f}"] for price, amount in levels.items()]
 
 
-def _recorded_binance() -> BinanceCapture:
+def _generated_binance() -> BinanceCapture:
     rng = random.Random(5)
-    instruments = _instruments((("NKN", "USDT"), ("BLZ", "ETH"), ("LRC", "BTC"), ("RUNE", "EUR")))
-    snapshots: dict[str, Message] = {}
-    messages: list[Message] = []
+    instruments = _instruments()
     books = {name: _Book(rng, 80) for name in instruments}
     numbers = dict.fromkeys(instruments, 1_000)
+    snapshots: dict[str, Message] = {}
+    klines: dict[str, Message] = {}
+    messages: list[Message] = []
     for tick in range(120):
-        at = _START_MS + tick * 100
+        at = _BINANCE_START_MS + tick * 100
         for name, book in books.items():
             bids, asks = book.change()
             first, numbers[name] = numbers[name] + 1, numbers[name] + rng.randint(1, 4)
+            of = {"E": at, "s": name}
             messages.append(
-                {
-                    "e": "depthUpdate", "E": at, "s": name, "U": first, "u": numbers[name],
-                    "b": _texts(bids), "a": _texts(asks),
-                }
-            )  # fmt: skip
+                {"e": "depthUpdate", **of, "U": first, "u": numbers[name], "b": bids, "a": asks}
+            )
+            (bid, bid_amount), (ask, ask_amount) = book.best()
+            best = {"b": bid, "B": bid_amount, "a": ask, "A": ask_amount}
+            messages.append({**of, "u": numbers[name], **best})
             if tick == 3:
-                sides = [sorted(side.items(), reverse=not at) for at, side in enumerate(book.sides)]
                 snapshots[name] = {
                     "lastUpdateId": numbers[name],
-                    "bids": _texts(sides[0]),
-                    "asks": _texts(sides[1]),
+                    "bids": _texts(dict(sorted(book.bids.items(), reverse=True))),
+                    "asks": _texts(dict(sorted(book.asks.items()))),
                 }
-            (bid, bid_amount), (ask, ask_amount) = (
-                max(book.sides[0].items()),
-                min(book.sides[1].items()),
-            )
-            messages.append(
-                {
-                    "u": numbers[name], "s": name, "b": f"{bid / 1000:.8f}",
-                    "B": f"{bid_amount:.8f}", "a": f"{ask / 1000:.8f}", "A": f"{ask_amount:.8f}",
-                }
-            )  # fmt: skip
-        if tick % 40 == 20:
-            name = rng.choice(list(instruments))
-            messages += _recorded_trade(name, at, tick)
+            if rng.random() < 0.02:
+                amount = rng.randint(1, 90)
+                klines[name] = _grown(klines.get(name), ask, amount, at, tick)
+                trade = {"a": tick, "p": ask, "q": f"{amount:.8f}", "f": tick, "l": tick, "T": at}
+                messages.append({"e": "aggTrade", **of, **trade, "m": tick % 2 == 0, "M": True})
+                messages.append({"e": "kline", **of, "k": {"s": name, **klines[name]}})
     return BinanceCapture(instruments, snapshots, messages)
 
 
-def _recorded_trade(name: str, at: int, number: int) -> list[Message]:
-    price = "10.00000000"
-    kline = {
-        "t": at - at % 60_000, "T": at - at % 60_000 + 59_999, "s": name, "i": "1m", "f": number,
-        "L": number, "o": price, "c": price, "h": price, "l": price, "v": "58.00000000", "n": 1,
-        "x": False, "q": "580.00000000", "V": "58.00000000", "Q": "580.00000000", "B": "0",
+def _grown(kline: Message | None, price: str, amount: int, at: int, number: int) -> Message:
+    """The candle of the minute after one more trade."""
+    opened = at - at % 60_000
+    before = kline or {"o": price, "h": price, "l": price, "v": "0", "f": number, "n": 0}
+    return {
+        "t": opened, "T": opened + 59_999, "i": "1m", "f": before["f"], "L": number,
+        "o": before["o"], "c": price, "h": max(before["h"], price, key=float),
+        "l": min(before["l"], price, key=float), "v": f"{float(before['v']) + amount:.8f}",
+        "n": before["n"] + 1, "x": False, "q": "1.0", "V": "1.0", "Q": "1.0", "B": "0",
     }  # fmt: skip
-    return [
-        {"e": "aggTrade", "E": at, "s": name, "a": number, "p": price, "q": "58.00000000",
-         "f": number, "l": number, "T": at, "m": bool(number % 2), "M": True},
-        {"e": "kline", "E": at, "s": name, "k": kline},
-    ]  # fmt: skip
 
 
-def _recorded_coinbase() -> CoinbaseCapture:
+def _generated_coinbase() -> CoinbaseCapture:
     rng = random.Random(6)
-    products = [f"{base}-{quote}" for base in ("SKL", "BAND", "NMR") for quote in ("USD", "EUR")]
-    books = {product: _Book(rng, 60) for product in products}
-    messages: list[Message] = [
+    pairs = [(base, quote) for base in ("SKL", "BAND", "NMR") for quote in ("USD", "EUR")]
+    products = [
         {
-            "type": "snapshot", "product_id": product,
-            "bids": _texts(list(book.sides[0].items())),
-            "asks": _texts(list(book.sides[1].items())),
+            "id": f"{base}-{quote}", "base_currency": base, "quote_currency": quote,
+            "quote_increment": "0.001", "base_increment": "0.01", "status": "online",
+            "trading_disabled": False,
         }
-        for product, book in books.items()
+        for base, quote in pairs
     ]  # fmt: skip
+    books = {f"{base}-{quote}": _Book(rng, 60) for base, quote in pairs}
+    messages: list[Message] = []
+    for number, (product, book) in enumerate(books.items()):
+        of = {"product_id": product, "time": time_text(_COINBASE_START_MS)}
+        levels = {"bids": _texts(book.bids), "asks": _texts(book.asks)}
+        messages.append({"type": "snapshot", **of, **levels})
+        match, _ = _traded(rng, book, of, number)
+        messages.append({**match, "type": "last_match"})
     for tick in range(150):
-        time = f"2021-04-17T16:43:{tick // 10:02}.{tick % 10}00000Z"
         for product, book in books.items():
+            of = {"product_id": product, "time": time_text(_COINBASE_START_MS + tick * 100)}
             # Both sides at once: between two messages the book would cross.
             changes = [
                 [side, *level]
                 for side, levels in zip(("buy", "sell"), book.change(), strict=True)
-                for level in _texts(levels)
+                for level in levels
             ]
-            messages.append(
-                {"type": "l2update", "product_id": product, "changes": changes, "time": time}
-            )
-        if tick % 3 == 0:
-            product, side = rng.choice(products), rng.choice(("buy", "sell"))
-            trade = {
-                "trade_id": 880_000 + tick, "product_id": product, "price": "10.01",
-                "time": time, "sequence": tick,
-            }  # fmt: skip
-            messages.append({"type": "match", "side": side, "size": "0.25", **trade})
-            messages.append(
-                {
-                    "type": "ticker", **trade, "open_24h": "10", "volume_24h": "400.5",
-                    "low_24h": "9.5", "high_24h": "11", "best_bid": "10.00", "best_ask": "10.02",
-                    "side": side, "last_size": "0.25",
-                }
-            )  # fmt: skip
+            messages.append({"type": "l2update", **of, "changes": changes})
+            if rng.random() < 0.1:
+                messages += _traded(rng, book, of, 1_000 + tick)
     return CoinbaseCapture(products, messages)
 
 
-# -- what ccxt asks for ---------------------------------------------------------------------------
-
-
-def as_single_stream(message: Message, day: Mapping[str, Message]) -> Message:
-    """A message of Binance's capture as the stream that ccxt subscribes tells it.
-
-    Of best bids and asks a ticker is made, whose ``day`` is made up.
-    """
-    if message.get("e") == "aggTrade":
-        assert message["f"] == message["l"]
-        return {
-            "e": "trade", "E": message["E"], "s": message["s"], "t": message["l"],
-            "p": message["p"], "q": message["q"], "T": message["T"], "m": message["m"], "M": True,
-        }  # fmt: skip
-    if "e" not in message:
-        best = {name: message[name] for name in ("s", "b", "B", "a", "A")}
-        at = _START_MS + message["u"] % 1_000
-        return {"e": "24hrTicker", **day, **best, "E": at, "C": at}
-    return message
-
-
-DAY: Mapping[str, Any] = {
-    "p": "-0.5", "P": "-1.250", "w": "10.0", "x": "10.0", "c": "10.25", "Q": "1.0", "o": "10.5",
-    "h": "11.5", "l": "9.5", "v": "400.5", "q": "4005.0", "O": 0, "F": 1, "L": 9, "n": 9,
-}  # fmt: skip
-"""The day of every ticker of Binance that is made of a best bid and ask."""
-
-
-def as_advanced(message: Message) -> tuple[str, Message] | None:
-    """The channel and the event that Advanced Trade has for a message of the Exchange protocol.
-
-    There ``side`` is the maker's, here the taker's. The last match before a subscription is what a
-    snapshot begins with, and told by the older protocol as something else.
-    """
-    product = message["product_id"]
-    match message["type"]:
-        case "snapshot":
-            updates = [
-                {"side": side, "price_level": price, "new_quantity": amount}
-                for side, levels in (("bid", message["bids"]), ("offer", message["asks"]))
-                for price, amount in levels
-            ]
-            return "l2_data", {"type": "snapshot", "product_id": product, "updates": updates}
-        case "l2update":
-            sides = {"buy": "bid", "sell": "offer"}
-            updates = [
-                {
-                    "side": sides[side],
-                    "event_time": message["time"],
-                    "price_level": price,
-                    "new_quantity": amount,
-                }
-                for side, price, amount in message["changes"]
-            ]
-            return "l2_data", {"type": "update", "product_id": product, "updates": updates}
-        case "match":
-            trade = {
-                "trade_id": str(message["trade_id"]),
-                "product_id": product,
-                "price": message["price"],
-                "size": message["size"],
-                "time": message["time"],
-                "side": "SELL" if message["side"] == "buy" else "BUY",
-            }
-            return "market_trades", {"type": "update", "trades": [trade]}
-        case "ticker":
-            change = float(message["price"]) / float(message["open_24h"]) - 1
-            ticker = {
-                "type": "ticker",
-                "product_id": product,
-                "price": message["price"],
-                "volume_24_h": message["volume_24h"],
-                "low_24_h": message["low_24h"],
-                "high_24_h": message["high_24h"],
-                "price_percent_chg_24_h": str(change * 100),
-                "best_bid": message["best_bid"],
-                "best_ask": message["best_ask"],
-            }
-            return "ticker", {"type": "update", "tickers": [ticker]}
-    return None
-
-
-# -- the exchange that plays them ----------------------------------------------------------------
-
-
-@dataclass
-class Replay:
-    """An exchange on loopback that plays a capture once all that a test wants is subscribed.
-
-    ``left_out`` counts messages from the first that is not told, and keeps its number.
-    """
-
-    wanted: int
-    url: str = ""
-    left_out: int | None = None
-    subscribed: set[str] = field(default_factory=set)
-
-    def restart(self) -> None:
-        """Play everything again, whole, to who subscribes next."""
-        self.left_out = None
-        self.subscribed.clear()
-
-
-class BinanceReplay(Replay):
-    """Binance's side of it."""
-
-    def __init__(self, capture: BinanceCapture, wanted: int) -> None:
-        super().__init__(wanted)
-        self._capture = capture
-
-    def add_routes(self, router: web.UrlDispatcher) -> None:
-        router.add_get("/api/v3/exchangeInfo", self._exchange_info)
-        router.add_get("/api/v3/depth", self._depth)
-        router.add_get("/ws/{number}", self._socket)
-
-    async def _exchange_info(self, _: web.Request) -> web.Response:
-        instruments = list(self._capture.instruments.values())
-        return web.json_response(binance_messages.exchange_info(instruments, _START_MS))
-
-    async def _depth(self, request: web.Request) -> web.Response:
-        return web.json_response(self._capture.snapshots[request.query["symbol"]])
-
-    async def _socket(self, request: web.Request) -> web.WebSocketResponse:
-        ws = web.WebSocketResponse()
-        await ws.prepare(request)
-        async for frame in ws:
-            if frame.type != WSMsgType.TEXT:
-                break
-            asked = frame.json()
-            await ws.send_json({"result": None, "id": asked["id"]})
-            if asked["method"] == "SUBSCRIBE":
-                self.subscribed.update(asked["params"])
-                if len(self.subscribed) == self.wanted:
-                    await self._play(ws)
-        return ws
-
-    async def _play(self, ws: web.WebSocketResponse) -> None:
-        for number, message in enumerate(self._capture.messages):
-            if number != self.left_out:
-                await ws.send_json(as_single_stream(message, DAY))
-            # As in life: answers to other requests come in between.
-            await asyncio.sleep(0)
-
-
-class CoinbaseReplay(Replay):
-    """Coinbase's side of it."""
-
-    def __init__(self, capture: CoinbaseCapture, wanted: int) -> None:
-        super().__init__(wanted)
-        self._capture = capture
-
-    def add_routes(self, router: web.UrlDispatcher) -> None:
-        router.add_get("/api/v3/brokerage/market/products", self._products)
-        router.add_get("/", self._socket)
-
-    async def _products(self, _: web.Request) -> web.Response:
-        products = [
-            {
-                "product_id": product,
-                "base_currency_id": product.split("-")[0],
-                "quote_currency_id": product.split("-")[1],
-                "product_type": "SPOT",
-                "trading_disabled": False,
-                "is_disabled": False,
-                "status": "online",
-                "base_increment": "0.00000001",
-                "quote_increment": "0.00000001",
-                "price_increment": "0.00000001",
-                "alias_to": [],
-            }
-            for product in self._capture.products
-        ]
-        return web.json_response({"products": products, "num_products": len(products)})
-
-    async def _socket(self, request: web.Request) -> web.WebSocketResponse:
-        ws = web.WebSocketResponse()
-        await ws.prepare(request)
-        async for frame in ws:
-            if frame.type != WSMsgType.TEXT:
-                break
-            asked = frame.json()
-            if asked["type"] == "subscribe" and asked["channel"] != "heartbeats":
-                self.subscribed.update(
-                    f"{asked['channel']} {product}" for product in asked["product_ids"]
-                )
-                if len(self.subscribed) == self.wanted:
-                    await self._play(ws)
-        return ws
-
-    async def _play(self, ws: web.WebSocketResponse) -> None:
-        number, at = 0, "2021-04-17T16:43:00Z"
-        for message in self._capture.messages:
-            told = as_advanced(message)
-            if told is None:
-                continue
-            channel, event = told
-            at = message.get("time", at)
-            if number != self.left_out:
-                envelope = {"client_id": "", "timestamp": at, "sequence_num": number}
-                await ws.send_json({"channel": channel, **envelope, "events": [event]})
-            number += 1
-
-
-@asynccontextmanager
-async def playing(replay: BinanceReplay | CoinbaseReplay) -> AsyncIterator[None]:
-    """Serve a replay on a free port for as long as the context lasts."""
-    app = web.Application()
-    replay.add_routes(app.router)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        replay.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        yield
-    finally:
-        await runner.cleanup()
+def _traded(rng: random.Random, book: _Book, of: Message, number: int) -> tuple[Message, Message]:
+    """A match at the best bid or ask, which tells its maker's side, and the ticker of it, which
+    tells its taker's."""
+    (bid, _), (ask, _) = book.best()
+    maker, taker, price = rng.choice((("buy", "sell", bid), ("sell", "buy", ask)))
+    trade = {**of, "trade_id": 880_000 + number, "price": price, "sequence": number}
+    size = f"{rng.randint(1, 90)}"
+    day = {"open_24h": "10", "volume_24h": "400.5", "low_24h": "9.5", "high_24h": "11"}
+    return (
+        {"type": "match", **trade, "side": maker, "size": size},
+        {
+            "type": "ticker", **trade, **day, "best_bid": bid, "best_ask": ask, "side": taker,
+            "last_size": size,
+        },
+    )  # fmt: skip

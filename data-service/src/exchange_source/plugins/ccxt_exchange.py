@@ -99,6 +99,8 @@ class CCXTExchangeClient(IExchangeAPIClient):
     """What one for the top of a book counts."""
     snapshot_weight: ClassVar[float] = 1.0
     """What one for the book that a live one begins with counts."""
+    subscription_weight: ClassVar[float] = 1.0
+    """What a subscription counts; nothing where many of them go out in one message."""
     guards: ClassVar[type[VendorGuards]] = VendorGuards
     options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """ccxt's own options for this exchange."""
@@ -334,7 +336,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
     async def prepare_feed(self, market: str) -> None:
         """Know the market, and wait for the limiter's leave to subscribe."""
         await self._know(market, Priority.LIVE)
-        async with self._limiter.slot(Priority.LIVE):
+        async with self._limiter.slot(Priority.LIVE, weight=self.subscription_weight):
             self._check_open()
 
     def doubt_markets(self) -> None:

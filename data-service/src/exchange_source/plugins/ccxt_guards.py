@@ -149,6 +149,13 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         # As it was parsed: what ccxt would add, cost and fees, is a third of what a trade takes.
         return trade
 
+    def safe_ticker(self, ticker: Any, market: Any = None) -> Any:
+        parsed = super().safe_ticker(ticker, market)
+        if parsed["percentage"] is None:
+            # ccxt takes a change of nothing for a change that was not told.
+            parsed["percentage"] = self.safe_number(ticker, "percentage")
+        return parsed
+
     def open(self, *args: Any, **kwargs: Any) -> None:
         super().open(*args, **kwargs)
         if self.session is not None:

@@ -3,7 +3,7 @@
 Candles: 300 in an answer and never more than that asked for; none of a period without trades. Of
 live candles there is a channel for 5m; those of other intervals are made of trades. Live books are
 the whole book. A channel that is quiet is closed unless heartbeats are subscribed beside it, and
-what a socket lost shows in the numbers of its messages.
+what a socket lost shows in the numbers of its messages. Of a trade the side of its maker is told.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _HEARTBEATS: Final = {"type": "subscribe", "channel": "heartbeats", "product_ids
 _STREAMED: Final = "5m"
 # 2012-01-01: nothing was traded here before.
 _FIRST_DAY_MS: Final = 1_325_376_000_000
+# What the taker did, by the side that is told of a trade, its maker's.
+_TAKEN: Final = {"BUY": "sell", "SELL": "buy"}
 _CANDLES_KEPT: Final = 100
 _TRADES_KEPT: Final = 1_000
 # The field that an answer of a path cannot do without.
@@ -101,12 +103,20 @@ class CoinbaseGuards(VendorGuards):
         ]
 
     def handle_trade(self, client: Any, message: Any) -> None:
-        # ccxt puts all of a message into the cache of its first product.
+        # ccxt puts all of a message into the cache of its first product, and takes the maker's side
+        # for the taker's. Only what a trade is: its own parsing takes three times as long.
         told: dict[str, Any] = {}
         for event in message["events"]:
             for trade in reversed(event["trades"]):  # they come newest first
+                parsed = {
+                    "id": str(trade["trade_id"]),
+                    "timestamp": self.parse8601(trade["time"]),
+                    "price": trade["price"],
+                    "amount": trade["size"],
+                    "side": _TAKEN[trade["side"]],
+                }
                 for symbol in self._symbols(trade["product_id"]):
-                    told.setdefault(symbol, []).append(self.parse_trade(trade))
+                    told.setdefault(symbol, []).append(parsed)
         for symbol, trades in told.items():
             cache = self.trades.setdefault(symbol, ArrayCache(_TRADES_KEPT))
             for trade in trades:
@@ -192,6 +202,7 @@ class CoinbaseExchange(CCXTExchangeClient):
     page_rows: ClassVar[int] = 300
     # 10 a second and address for who has no account.
     requests_per_second: ClassVar[float] = 8.0
+    subscription_weight: ClassVar[float] = 0.0
     concurrency: ClassVar[int] = 4
     guards: ClassVar[type[VendorGuards]] = CoinbaseGuards
     kept_levels: ClassVar[int | None] = None

@@ -12,23 +12,27 @@ from domain.trade import Trade
 class TradedCandles:
     """The forming candles of one market and interval, from its trades.
 
-    A period is told once a trade before its open was seen: of one that was joined midway the first
-    trades are not known.
+    A period is told once a trade before its open was seen: of one that was joined midway, and of
+    those before it, the first trades are not known.
     """
 
     def __init__(self, interval: Interval) -> None:
         self._interval = interval
-        self._seen_before: int | None = None
+        self._joined: int | None = None
         self._candle: Candle | None = None
 
     def add(self, trades: Iterable[Trade]) -> list[Candle]:
-        """Take in trades; the candles that they change, as they stand then, ascending."""
+        """Take in trades; the candles that they change, as they stand then, ascending.
+
+        Within one call trades may be in any order. One that comes in a later call is the last of
+        its period, or, where another period followed, too late.
+        """
         changed: dict[int, Candle] = {}
         for trade in sorted(trades, key=lambda trade: trade.timestamp):
             opened = self._interval.floor(trade.timestamp)
-            if self._seen_before is None:
-                self._seen_before = opened
-            if opened == self._seen_before or self._is_over(opened):
+            if self._joined is None:
+                self._joined = opened
+            if opened <= self._joined or self._is_over(opened):
                 continue
             self._candle = changed[opened] = self._with(opened, trade)
         return [changed[opened] for opened in sorted(changed)]

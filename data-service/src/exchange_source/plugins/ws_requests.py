@@ -1,7 +1,8 @@
 """Requests to a socket that takes few of them a second: many subscriptions in one message.
 
-What is asked for within a moment goes out together, and the answer is shared out again by the ids
-of those who asked. A refusal of many does not say which of them it means: each of them is then
+What is asked for within a moment goes out together, what is of another kind stays behind, and what
+is about the same names keeps its order. The answer is shared out again by the ids of those who
+asked. A refusal of many does not say which of them it means: each of them is then
 asked for alone.
 """
 
@@ -113,19 +114,27 @@ class GatheredRequests:
                     waiting.sent.set_exception(failed)
 
     def _next_group(self) -> list[_Waiting]:
-        """The first that waits, and what follows it and may go out with it."""
+        """The first that waits, and of what follows all that may go out with it."""
         first = self._waiting.popleft()
+        if first.alone:
+            return [first]
         group, size = [first], len(first.request[self._names])
-        while self._waiting and not first.alone:
-            following = self._waiting[0]
-            size += len(following.request[self._names])
+        passed: deque[_Waiting] = deque()
+        names_passed: set[Any] = set()
+        for following in self._waiting:
+            names = following.request[self._names]
             if (
                 following.alone
                 or self._kind(following.request) != self._kind(first.request)
-                or size > self._most
+                or size + len(names) > self._most
+                or not names_passed.isdisjoint(names)
             ):
-                break
-            group.append(self._waiting.popleft())
+                passed.append(following)
+                names_passed.update(names)
+            else:
+                group.append(following)
+                size += len(names)
+        self._waiting = passed
         return group
 
 

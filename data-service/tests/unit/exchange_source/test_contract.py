@@ -27,6 +27,7 @@ from tests.contract.exchange_client_contract import (
 from tests.support.clock import ManualClock
 from tests.support.exchange import FakeExchange
 from tests.support.plugin_world import book, plugin_world
+from tests.unit.exchange_source.plugins.crypto_com_server import until
 
 MINUTE = 60_000
 PLUGINS = (CryptocomExchange, BinanceExchange, CoinbaseExchange)
@@ -77,6 +78,31 @@ class TestPlugins(ExchangeClientContract):
     async def world(self, request: pytest.FixtureRequest) -> AsyncIterator[ExchangeWorld]:
         async with plugin_world(request.param) as world:
             yield world
+
+
+async def ignore(_: object) -> None:
+    """A callback that wants nothing."""
+
+
+@pytest.mark.parametrize(
+    "plugin", [BinanceExchange, CoinbaseExchange], ids=lambda plugin: plugin.exchange_name
+)
+async def test_subscriptions_that_go_out_together_do_not_wait_for_the_pace_of_requests(
+    plugin: type[CCXTExchangeClient],
+) -> None:
+    clock = ManualClock(NOW)
+    async with running_sandbox(SandboxConfig()) as sandbox:
+        exchange = plugin(clock=clock, endpoint=sandbox.url)
+        markets = [item.symbol for item in sandbox.venue.instruments() if item.active and item.spot]
+        for market in markets:
+            await exchange.start_realtime_stream(market, "5m", ignore)
+            await exchange.start_trade_stream(market, ignore)
+            await exchange.start_ticker_stream(market, ignore)
+        await until(lambda: bool(sandbox.log.by_path))
+        # As long as the list of markets, which is asked for first, keeps everything else waiting.
+        await clock.advance(250)
+        await until(lambda: len(sandbox.hub.running_feeds) == 3 * len(markets))
+        await exchange.close()
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda plugin: plugin.exchange_name)

@@ -265,8 +265,9 @@ async def test_trades_are_told_with_the_newest_first_beside_the_best_prices(
     everything = TimeRange(NOON_MS - 10 * MINUTE, NOON_MS)
     told = sandbox.venue.prices.trades(btc_of(sandbox), everything)[-5:]
     rows = list(reversed(answer["trades"]))
-    assert [(int(row["trade_id"]), float(row["price"]), row["side"].lower()) for row in rows] == [
-        (trade.id, trade.price, trade.side) for trade in told
+    makers = {"buy": "SELL", "sell": "BUY"}
+    assert [(int(row["trade_id"]), float(row["price"]), row["side"]) for row in rows] == [
+        (trade.id, trade.price, makers[trade.side]) for trade in told
     ]
     assert rows[0]["time"].startswith("2026-11-22T11:")
     assert set(rows[0]) == {

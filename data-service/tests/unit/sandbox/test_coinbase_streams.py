@@ -257,7 +257,10 @@ async def test_every_trade_is_told_once_and_the_newest_of_a_frame_first(
     market = sandbox.venue.instruments()[0]
     everything = sandbox.venue.prices.trades(market, TimeRange(NOON_MS, NOON_MS + 60 * MINUTE))
     first, last = numbers[0], numbers[-1]
-    assert numbers == [trade.id for trade in everything if first <= trade.id <= last]
+    happened = [trade for trade in everything if first <= trade.id <= last]
+    assert numbers == [trade.id for trade in happened]
+    makers = {"buy": "SELL", "sell": "BUY"}
+    assert [trade["side"] for trade in told] == [makers[trade.side] for trade in happened]
 
 
 async def test_a_ticker_is_told_only_after_somebody_has_traded(tmp_path: Path) -> None:
