@@ -8,6 +8,7 @@ from pathlib import Path
 
 from domain.entry import Entry, entry_reader
 from domain.series import Series
+from domain.time_range import TimeRange
 from errors import InvalidEntry
 from storage.implementations.local_file_storage import LocalFileStorage
 from storage.interfaces import Decode, IRawDataStorage, StorageError
@@ -45,6 +46,35 @@ class StoredDocuments:
                 f"{self._storage.address}: no service has collected into it yet ({STAMP_PATH} is "
                 f"not there); check STORAGE_ROOT"
             )
+
+    async def has(self, exchange: str, coin: str) -> bool:
+        """Whether anything of a coin is stored.
+
+        Raises:
+            StorageError: the backend, or the spool, cannot be read.
+        """
+        return await self._storage.check_coin_exists(
+            exchange, coin
+        ) or await self._spool.check_coin_exists(exchange, coin)
+
+    async def times(self, series: Series, part: TimeRange) -> list[int]:
+        """The opens (ms) of what is stored of a range, ascending.
+
+        Raises:
+            StorageError: the backend, or the spool, cannot be listed.
+        """
+        found: set[int] = set()
+        for storage in (self._spool, self._storage):
+            found.update(
+                await storage.list_timestamps(
+                    series.exchange,
+                    series.coin,
+                    part.start,
+                    part.end,
+                    interval=series.interval.name,
+                )
+            )
+        return sorted(found)
 
     async def read(self, series: Series, timestamps: Sequence[int]) -> dict[int, Entry | Broken]:
         """What is stored of these periods, by their opens (ms).
