@@ -53,7 +53,7 @@ RATE = 500.0
 _CHUNK = 256
 _MOST_BUFFERED = 1 << 20
 # Real seconds that a reader gets for everything.
-_PATIENCE_S = 300.0
+_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
