@@ -79,7 +79,8 @@ format: setup ## Format the code and mend what the linter can
 	@$(BIN)/ruff check --fix data-service
 
 bench: setup $(AZURITE_READY) ## Run the benchmarks
-	@for bench in data-service/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+	@for bench in data-service/benchmarks/bench_*.py; do \
+		echo "== $$bench"; $(BIN)/python $$bench || [ $$? -eq 3 ] || exit 1; done  # 3: not all was there to measure
 
 lock: setup ## Make the locks anew from pyproject.toml
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) --group bootstrap -o requirements-bootstrap.lock

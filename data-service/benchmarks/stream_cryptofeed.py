@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cryptofeed import FeedHandler, connection
+from cryptofeed import FeedHandler, connection, feed
 from cryptofeed.defines import TRADES
 from cryptofeed.exchanges import Binance
 
@@ -46,10 +46,7 @@ def main() -> None:
     ]
     for endpoint in Binance.rest_endpoints:
         endpoint.address = options.url
-    connection.WSAsyncConn = LoopbackConnection
-    import cryptofeed.feed  # noqa: PLC0415  it holds the class by name
-
-    cryptofeed.feed.WSAsyncConn = LoopbackConnection
+    feed.WSAsyncConn = LoopbackConnection  # where it is made
 
     seen, began, used = 0, 0.0, 0.0
     lines: list[str] = []
