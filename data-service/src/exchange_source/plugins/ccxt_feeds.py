@@ -167,8 +167,8 @@ class Feed(ABC):
             self.end_streams(error)
 
     async def _next(self) -> Any:
-        """Wait for news. What fails here breaks the socket, unless it is about this topic alone:
-        a refusal, or something that cannot be believed."""
+        """Wait for news. What ccxt fails with here breaks the socket, unless it is about this topic
+        alone: a refusal, or something that cannot be believed."""
         name = self._source.get_exchange_name()
         self._check_socket()
         try:
@@ -185,10 +185,9 @@ class Feed(ABC):
             self._subscriber.socket = None  # there is nothing to unsubscribe from
             self._source.doubt_markets()
             raise
-        except BadExchangeAnswer:
-            raise
-        except ExchangeError as exc:
-            self._break_socket(exc)
+        except ExchangeError:
+            # Ours: of a socket that was broken already, or about this topic alone, such as a
+            # snapshot that could not be had.
             raise
         except TRANSLATED as exc:
             translated = translate(exc, name)

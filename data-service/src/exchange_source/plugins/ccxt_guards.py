@@ -93,8 +93,10 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         """The message hashes of the watches that ``message`` has news for; none if unknown."""
         return []
 
-    def handle_more(self, client: Any, message: Any) -> None:
-        """Take from ``message`` what ccxt leaves out of the protocol."""
+    def take(self, client: Any, message: Any) -> None:
+        """Let ccxt take in a message; a subclass does in its place what ccxt leaves out of the
+        protocol, or takes too long for."""
+        super().handle_message(client, message)
 
     def handle_errors(
         self,
@@ -207,8 +209,7 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         refused = self.refused_watches(message)
         if refused is None:
             try:
-                super().handle_message(client, message)
-                self.handle_more(client, message)
+                self.take(client, message)
             except TRANSLATED as exc:
                 # What one market sends must not cost the others their connection.
                 hashes = self.topics_of(message)

@@ -153,8 +153,9 @@ class CoinbaseGuards(VendorGuards):
         self.clean_unsubscription(socket, message_hash, None)
         self.clean_cache({"topic": topic, "symbols": [symbol]})
 
-    def handle_more(self, client: Any, message: Any) -> None:
+    def take(self, client: Any, message: Any) -> None:
         if message.get("channel") != "candles":
+            super().take(client, message)
             return
         told: dict[str, Any] = {}
         for event in message["events"]:

@@ -11,11 +11,11 @@ import pytest
 
 from domain.clock import MarketClock
 from domain.order_book import OrderBook
-from exchange_source.interfaces import BadExchangeAnswer, IOrderBookHandle
+from exchange_source.interfaces import BadExchangeAnswer, ExchangeUnavailable, IOrderBookHandle
 from exchange_source.plugins.binance_exchange import BinanceExchange
 from sandbox.app import SandboxConfig, running_sandbox
 from sandbox.binance_books import BOOK_LEVELS
-from tests.contract.ccxt_plugin_contract import CcxtPluginContract, ended
+from tests.contract.ccxt_plugin_contract import CcxtPluginContract, ended, fault
 from tests.contract.exchange_client_contract import MARKET, MINUTE, OPEN, minutes
 from tests.support.plugin_world import SandboxWorld
 
@@ -47,6 +47,20 @@ class TestBinanceExchange(CcxtPluginContract):
             MARKET, "1m", OPEN - 3 * MINUTE, OPEN - 2 * MINUTE
         )
         assert data.candles == tuple(minutes(3, 3))
+
+    async def test_a_snapshot_that_cannot_be_had_ends_its_book_alone(
+        self, world: SandboxWorld
+    ) -> None:
+        stream, book = await self.opened(world)
+        fault(world, "rest_status", status=503, path="/depth")
+        other = await world.client.start_order_book_stream("ETH/USD")
+        with pytest.raises(ExchangeUnavailable, match="503"):
+            await ended(other)
+        async with asyncio.timeout(10):
+            while (top := book.snapshot(1)) is None or top.bids[0][0] != 97.0:
+                await world.push_book(97.0, 103.0)
+        assert world.sandbox.hub.sockets_opened == 1
+        await stream.stop()
 
     async def test_a_book_that_leaves_what_its_snapshot_showed_ends_and_what_follows_is_right(
         self, world: SandboxWorld
