@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -50,6 +51,27 @@ def binance(request: pytest.FixtureRequest) -> BinanceCapture:
 @pytest.fixture(scope="module", params=SOURCES)
 def coinbase(request: pytest.FixtureRequest) -> CoinbaseCapture:
     return coinbase_capture(request.param)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_nothing_of_the_traffic_is_overlooked(source: str) -> None:
+    binance, coinbase = binance_capture(source), coinbase_capture(source)
+    counted = [
+        Counter(message.get("e", BEST) for message in binance.messages),
+        Counter(message["type"] for message in coinbase.messages),
+    ]
+    captured = [
+        {"depthUpdate": 177, BEST: 84, "kline": 2, "aggTrade": 2},
+        {"l2update": 9_719, "ticker": 107, "match": 97, "snapshot": 10, "last_match": 10},
+    ]
+    if source == "captured":
+        assert counted == captured
+        assert (len(binance.snapshots), len(coinbase.told_of)) == (4, 10)
+        assert len(coinbase.products) == 162
+    else:
+        assert [set(kinds) for kinds in counted] == [set(kinds) for kinds in captured]
+        assert set(binance.snapshots) == set(binance.instruments)
+        assert coinbase.told_of == sorted(product["id"] for product in coinbase.products)
 
 
 @asynccontextmanager
