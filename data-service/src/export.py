@@ -81,7 +81,8 @@ async def _export(settings: Settings, wanted: Wanted, progress: TextIO) -> int:
         raw_storage = create_storage(settings)
         documents = StoredDocuments(raw_storage, spool_folder(settings, raw_storage))
         stack.push_async_callback(documents.close)
-        await documents.open(redirected=settings.redirected)
+        # Whatever exchanges it was collected from: nobody is asked.
+        await documents.open(redirected=None)
         series = await _series(documents, settings, wanted)
         times = await documents.times(series, wanted.range)
         if not times:

@@ -33,15 +33,19 @@ class StoredDocuments:
         self._storage = storage
         self._spool = LocalFileStorage(spool_folder)
 
-    async def open(self, *, redirected: bool) -> None:
-        """Connect, and make sure that the root is one of this kind of exchanges.
+    async def open(self, *, redirected: bool | None) -> None:
+        """Connect, and make sure that the root is one of this kind of exchanges; None for any.
 
         Raises:
             StorageConflict: it holds candles of the other kind.
             StorageError: it is not there, or no service has collected into it.
         """
         await self._storage.open(read_only=True)
-        if not await check_stamp(self._storage, redirected=redirected):
+        if redirected is None:
+            stamped = await self._storage.read_blob(STAMP_PATH) is not None
+        else:
+            stamped = await check_stamp(self._storage, redirected=redirected)
+        if not stamped:
             raise StorageError(
                 f"{self._storage.address}: no service has collected into it yet ({STAMP_PATH} is "
                 f"not there); check STORAGE_ROOT"

@@ -23,6 +23,7 @@ from errors import InvalidRequest, NoData
 from export import Wanted, run
 from storage.factory import spool_folder
 from storage.implementations.local_file_storage import LocalFileStorage
+from storage.interfaces import StorageError
 from storage.root_stamp import write_stamp
 from storage.spool import Spool
 from tests.support.entries import BTC, FIVE_MINUTES, NOON, make_entry
@@ -48,15 +49,22 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return load_settings()
 
 
-def collect(settings: Settings, *entries: Entry, spooled: tuple[Entry, ...] = ()) -> None:
+def collect(
+    settings: Settings,
+    *entries: Entry,
+    spooled: tuple[Entry, ...] = (),
+    redirected: bool = False,
+) -> None:
     """What a service leaves behind."""
-    asyncio.run(_collect(settings, entries, spooled))
+    asyncio.run(_collect(settings, entries, spooled, redirected))
 
 
-async def _collect(settings: Settings, entries: Sequence[Entry], spooled: Sequence[Entry]) -> None:
+async def _collect(
+    settings: Settings, entries: Sequence[Entry], spooled: Sequence[Entry], redirected: bool
+) -> None:
     storage = LocalFileStorage(Path(settings.storage_root))
     await storage.open()
-    await write_stamp(storage, redirected=False)
+    await write_stamp(storage, redirected=redirected)
     for entry in entries:
         await storage.save_entry(
             entry.series.exchange,
@@ -126,6 +134,22 @@ def test_what_waits_in_the_spool_is_exported_too(settings: Settings, tmp_path: P
     _run(settings, wanted(out=tmp_path / "x.parquet"))
     times = read(tmp_path / "x.parquet").column("time").cast(pa.int64()).to_pylist()
     assert times == [first.timestamp, second.timestamp, third.timestamp]
+
+
+def test_what_was_collected_from_a_sandbox_is_exported_as_well(
+    settings: Settings, tmp_path: Path
+) -> None:
+    collect(settings, *entries(2), redirected=True)
+    _run(settings, wanted(out=tmp_path / "x.parquet"))
+    assert len(read(tmp_path / "x.parquet")) == 2
+
+
+def test_a_folder_that_no_service_collected_into_is_told(
+    settings: Settings, tmp_path: Path
+) -> None:
+    Path(settings.storage_root).mkdir()
+    with pytest.raises(StorageError, match="no service has collected into it"):
+        _run(settings, wanted())
 
 
 def test_a_range_is_from_its_start_up_to_its_end(settings: Settings, tmp_path: Path) -> None:
