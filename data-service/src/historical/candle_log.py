@@ -270,12 +270,20 @@ class CandleLog:
         """
         with self._translated():
             table = self._open()
-            if len(_vacuumed(table, dry_run=True)) >= _LEAST_VACUUM:
+            # The library names again what it removed before, for as long as the log tells of it.
+            named = {path.rpartition("/")[2] for path in _vacuumed(table, dry_run=True)}
+            if len(named) >= _LEAST_VACUUM and self._count(named) >= _LEAST_VACUUM:
                 _vacuumed(table, dry_run=False)
                 table = self._open()
             if self._entries_since_checkpoint(table.version()) >= _CHECKPOINT_EVERY:
                 table.create_checkpoint()
                 table.cleanup_metadata()
+
+    def _count(self, names: set[str]) -> int:
+        """How many files of these names there are."""
+        files = self._engine.files(self._uri, self._storage_options)
+        there = files.get_file_info(pyarrow.fs.FileSelector("", recursive=True))
+        return sum(info.base_name in names for info in there)
 
     def _entries_since_checkpoint(self, version: int) -> int:
         files = self._engine.files(self._uri, self._storage_options)

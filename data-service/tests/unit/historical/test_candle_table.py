@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
-from random import Random
 
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, Field, Schema
 from deltalake.schema import PrimitiveType
+from structlog.testing import capture_logs
 
 from domain.candle import Candle
-from domain.entry import Entry, Source
 from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
@@ -20,44 +23,8 @@ from errors import InvalidRequest
 from historical.candle_table import CandleTable
 from historical.interfaces import CandleTableMismatch, CandleTableUnavailable
 from storage.path_utility import day_start
-from target_management.delta_engine import DeltaEngine
 from tests.support.entries import BTC, make_entry
-
-DAY_MS = 86_400_000
-NEW_YEAR = date(2026, 1, 1)
-ALL = TimeRange(0, 2**62)
-
-
-def day(number: int) -> date:
-    """A day of 2026, counted from zero; of the years around it for others."""
-    return NEW_YEAR + timedelta(days=number)
-
-
-def range_of(first: date, days: int = 1) -> TimeRange:
-    return TimeRange(day_start(first), day_start(first) + days * DAY_MS)
-
-
-def entries_of(
-    when: date, *, series: Series = BTC, seed: int = 0, count: int | None = None
-) -> list[Entry]:
-    """Entries of a day, all of its periods or so many, whose values take every bit."""
-    rng = Random(f"{when} {series} {seed}")
-    step = series.interval.milliseconds
-    sources: tuple[Source, ...] = ("rest", "stream")
-    entries = []
-    for at in range(min(count if count is not None else 2**31, max(1, DAY_MS // step))):
-        low, first, last, high = sorted(rng.uniform(0.0001, 90_000) for _ in range(4))
-        candle = Candle(day_start(when) + at * step, first, high, low, last, rng.expovariate(1))
-        entries.append(
-            Entry(series, "BTC/USD", candle, None, rng.choice(sources), rng.randint(1, 3))
-        )
-    return entries
-
-
-def table_at(path: Path) -> CandleTable:
-    table = CandleTable(DeltaEngine(), str(path), None)
-    table.prepare()
-    return table
+from tests.support.sealing import ALL, day, entries_of, range_of, table_at
 
 
 @pytest.fixture
@@ -259,3 +226,133 @@ def test_a_table_that_was_deleted_is_told_as_unavailable(table: CandleTable, pat
         file.unlink()
     with pytest.raises(CandleTableUnavailable, match="no table of candles"):
         table.read(BTC, ALL)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The data files that are of the table now."""
+    return [Path(uri) for uri in DeltaTable(str(path)).file_uris()]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"PAR1 no more")])
+def test_a_damaged_file_leaves_its_days_to_the_documents_until_they_are_sealed_again(
+    table: CandleTable, path: Path, damage: Callable[[Path], object]
+) -> None:
+    first, second = entries_of(day(0)), entries_of(day(1))
+    table.seal(BTC, {day(0): first})
+    (damaged,) = files_of(path)
+    table.seal(BTC, {day(1): second})
+    damage(damaged)
+    with capture_logs() as logs:
+        assert table.read_entries(BTC, ALL) == ((range_of(day(1)),), second)
+        assert table.read_entries(BTC, ALL) == ((range_of(day(1)),), second)
+    assert [entry["event"] for entry in logs] == ["candle_file_damaged"]
+    assert table.sealed(BTC, ALL) == [range_of(day(1))]
+    table.seal(BTC, {day(0): first})
+    assert table.read_entries(BTC, ALL) == ((range_of(day(0), 2),), [*first, *second])
+    assert damaged not in files_of(path)
+
+
+def test_a_day_of_a_damaged_file_can_be_unsealed(table: CandleTable, path: Path) -> None:
+    table.seal(BTC, {day(at): entries_of(day(at)) for at in range(3)})
+    (damaged,) = files_of(path)
+    damaged.unlink()
+    table.unseal(BTC, [day(1)])
+    assert table.sealed(BTC, ALL) == []
+    assert files_of(path) == []
+
+
+def test_small_files_of_the_running_year_become_few_and_those_of_a_past_year_one(
+    table: CandleTable, path: Path
+) -> None:
+    days = {day(at): entries_of(day(at)) for at in range(-3, 12)}
+    for one, entries in days.items():
+        table.seal(BTC, {one: entries})
+    table.seal(BTC, {day(20): []})
+    table.tidy()
+    assert len(files_of(path)) == 2
+    for opened in (table, table_at(path)):
+        assert opened.read_entries(BTC, ALL)[1] == [one for mine in days.values() for one in mine]
+        assert opened.sealed(BTC, ALL) == [range_of(day(-3), 15), range_of(day(20))]
+
+
+def test_tidying_what_is_tidy_makes_no_commit(table: CandleTable, path: Path) -> None:
+    table.seal(BTC, {day(0): entries_of(day(0))})
+    before = DeltaTable(str(path)).version()
+    table.tidy()
+    assert DeltaTable(str(path)).version() == before
+
+
+def test_files_that_left_the_table_are_removed_when_nobody_can_read_them_any_more(
+    table: CandleTable, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = Series("crypto.com", "币/ %2F'=", BTC.interval)
+    entries = entries_of(day(0), series=odd, count=2)
+    table.seal(odd, {day(0): entries})
+    for seed in range(60):
+        table.seal(BTC, {day(0): entries_of(day(0), seed=seed, count=3)})
+    table.tidy()
+    assert len(list(path.glob("exchange=*/**/*.parquet"))) == 61
+    monkeypatch.setattr("historical.candle_log._RETENTION_HOURS", 0)
+    table.tidy()
+    assert len(list(path.glob("exchange=*/**/*.parquet"))) == 2
+    before = DeltaTable(str(path)).version()
+    table.tidy()
+    assert DeltaTable(str(path)).version() == before
+    for opened in (table, table_at(path)):
+        assert opened.read_entries(odd, ALL)[1] == entries
+        assert len(opened.read(BTC, ALL)) == 3
+
+
+def test_a_reader_of_before_goes_on_when_the_log_is_cleared(
+    table: CandleTable, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = table_at(path)
+    reader.sealed(BTC, ALL)
+    for at in range(30):
+        table.seal(BTC, {day(at): []})
+    DeltaTable(str(path)).alter.set_table_properties(
+        {"delta.logRetentionDuration": "interval 0 seconds"}
+    )
+    table.tidy()
+    assert not (path / "_delta_log" / f"{0:020}.json").exists()
+    assert reader.sealed(BTC, ALL) == [range_of(day(0), 30)]
+
+
+def test_a_file_of_another_writer_is_of_no_day_and_leaves_with_the_next_seal(
+    table: CandleTable, path: Path
+) -> None:
+    table.seal(BTC, {day(at): entries_of(day(at)) for at in range(2)})
+    DeltaTable(str(path)).optimize.z_order(["timestamp"])
+    assert table.sealed(BTC, ALL) == []
+    entries = entries_of(day(1))
+    table.seal(BTC, {day(1): entries})
+    assert table.read_entries(BTC, ALL) == ((range_of(day(1)),), entries)
+    assert len(files_of(path)) == 1
+
+
+READ = """
+import json, sys
+from pathlib import Path
+from tests.support.entries import BTC
+from tests.support.sealing import ALL, day, entries_of, table_at
+
+table = table_at(Path(sys.argv[1]))
+table.seal(BTC, {day(0): entries_of(day(0))})
+table.seal(BTC, {day(1): []})
+table.unseal(BTC, [day(1)])
+table.tidy()
+assert len(table.read(BTC, ALL)) == len(table.read_entries(BTC, ALL)[1]) == 288
+print(json.dumps("pandas" in sys.modules))
+"""
+
+
+def test_neither_sealing_nor_reading_loads_pandas_or_ends_badly(path: Path) -> None:
+    # A process of its own: reading in the library's other ways aborts it at its end.
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(path)],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        stdout=subprocess.PIPE,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, json.loads(done.stdout)) == (0, False)
