@@ -127,7 +127,7 @@ def outside(table: pa.Table, unwanted: Sequence[TimeRange]) -> pa.Table:
     return pa.concat_tables(kept)
 
 
-def to_parquet(table: pa.Table) -> pa.Buffer:
+def to_parquet(table: pa.Table) -> bytes:
     """The bytes of a file of rows of ``EVERYTHING``."""
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -138,7 +138,8 @@ def to_parquet(table: pa.Table) -> pa.Buffer:
         use_dictionary=_TEXTS,
         row_group_size=_GROUP_ROWS,
     )
-    return sink.getvalue()
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 def from_parquet(source: Any, columns: Sequence[str], wanted: TimeRange | None = None) -> pa.Table:

@@ -193,11 +193,11 @@ class CandleLog:
         Raises:
             FileDamaged: it is gone, or cannot be read.
         """
-        try:
-            with self._translated():
+        with self._translated():
+            try:
                 source = self._opened(file)
-        except FileNotFoundError as exc:
-            raise FileDamaged(f"{self._uri}/{file.path}: is gone") from exc
+            except FileNotFoundError as exc:
+                raise FileDamaged(f"{self._uri}/{file.path}: is gone") from exc
         try:
             with source:
                 return from_parquet(source, columns, wanted)
@@ -230,11 +230,12 @@ class CandleLog:
                 _write_durably(Path(self._uri), path, content)
             else:
                 files = self._engine.files(self._uri, self._storage_options)
-                with files.open_output_stream(path) as sink:
+                # In one piece, as bytes: that is all that the handler takes.
+                with files.open_output_stream(path, buffer_size=len(content) + 1) as sink:
                     sink.write(content)
         times = numbers(table, "timestamp")
         first_and_last = (int(times[0]), int(times[-1])) if len(times) else None
-        return SealedFile(path, days, len(times), content.size, first_and_last)
+        return SealedFile(path, days, len(times), len(content), first_and_last)
 
     def commit(
         self, seen: Snapshot, series: Series, change: str, changes: Sequence[Change]
@@ -368,8 +369,6 @@ class CandleLog:
             ) from (None if secret else exc)
         except DeltaError as exc:
             raise CandleTableError(f"{self._uri}: {detail(exc)}") from (None if secret else exc)
-        except FileNotFoundError:
-            raise
         except OSError as exc:
             raise CandleTableUnavailable(
                 f"{self._uri}: the table cannot be reached; check the path, its permissions and, "
@@ -503,7 +502,7 @@ def _stamp(info: pyarrow.fs.FileInfo) -> tuple[int, int] | None:
     return (info.size, info.mtime_ns) if info.is_file else None
 
 
-def _write_durably(root: Path, path: str, content: pa.Buffer) -> None:
+def _write_durably(root: Path, path: str, content: bytes) -> None:
     target = root / path
     made = []
     folder = target.parent

@@ -50,7 +50,7 @@ def entries_of(
     return entries
 
 
-def table_at(path: Path, options: dict[str, str] | None = None) -> CandleTable:
+def table_at(path: Path | str, options: dict[str, str] | None = None) -> CandleTable:
     """The table that lies there, made if it is missing."""
     table = CandleTable(DeltaEngine(), str(path), options)
     table.prepare()
