@@ -24,6 +24,7 @@
     |   `-- StorageConflict       terminal: an entry of another market, a root of another kind
     |-- CandleTableError          historical: the table of sealed candles did not do what was asked
     |   |-- CandleTableUnavailable  retryable: the table cannot be reached
+    |   |   `-- CandleTableDenied   credentials or permissions are wrong
     |   `-- CandleTableMismatch   terminal: the table has other columns
     `-- TargetError               target_management: the table did not do what was asked
         |-- TargetStoreUnavailable  retryable: the table cannot be reached

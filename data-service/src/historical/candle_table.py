@@ -30,14 +30,8 @@ from historical.candle_columns import (
     outside,
     table_of,
 )
-from historical.candle_log import (
-    CandleLog,
-    Change,
-    FileDamaged,
-    SealedFile,
-    Snapshot,
-    WriteConflict,
-)
+from historical.candle_files import Change, SealedFile
+from historical.candle_log import CandleLog, FileDamaged, Snapshot, WriteConflict
 from historical.interfaces import CandleTableUnavailable
 from historical.sealed_days import bits_of, bits_within, ranges_of
 from storage.path_utility import day_of

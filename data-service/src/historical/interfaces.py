@@ -25,6 +25,12 @@ class CandleTableUnavailable(CandleTableError):
     retryable = True
 
 
+class CandleTableDenied(CandleTableUnavailable):
+    """Credentials or permissions are wrong; asking again does not mend that."""
+
+    retryable = False
+
+
 class CandleTableMismatch(CandleTableError):
     """The table has other columns than this service writes; the message names the difference."""
 
