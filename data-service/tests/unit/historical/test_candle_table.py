@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +23,8 @@ from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
 from errors import InvalidRequest
+from historical.candle_files import SealedFile
+from historical.candle_log import CandleLog
 from historical.candle_table import CandleTable
 from historical.interfaces import CandleTableMismatch, CandleTableUnavailable
 from storage.path_utility import day_start
@@ -328,6 +333,70 @@ def test_a_file_of_another_writer_is_of_no_day_and_leaves_with_the_next_seal(
     table.seal(BTC, {day(1): entries})
     assert table.read_entries(BTC, ALL) == ((range_of(day(1)),), entries)
     assert len(files_of(path)) == 1
+
+
+def test_files_that_are_large_enough_are_not_written_again_by_merging(
+    table: CandleTable, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("historical.candle_table._FULL_ROWS", 500)
+    days = {day(at): entries_of(day(at)) for at in range(14)}
+    table.seal(BTC, {day(at): days[day(at)] for at in (0, 1)})
+    (large,) = files_of(path)
+    for at in range(2, 14):
+        table.seal(BTC, {day(at): days[day(at)]})
+    table.tidy()
+    assert large in files_of(path)
+    assert len(files_of(path)) == 2
+    assert table.read_entries(BTC, ALL)[1] == [one for mine in days.values() for one in mine]
+
+
+def test_a_change_is_decided_anew_when_another_process_was_faster(
+    table: CandleTable, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {day(at): entries_of(day(at)) for at in range(3)}
+    table.seal(BTC, old)
+    other = table_at(path)
+    write, first = CandleLog.write, True
+
+    def write_after_another(log: CandleLog, *file: Any) -> SealedFile:
+        nonlocal first
+        if first:
+            first = False
+            other.unseal(BTC, [day(2)])
+        return write(log, *file)
+
+    monkeypatch.setattr(CandleLog, "write", write_after_another)
+    new = entries_of(day(1), seed=1)
+    table.seal(BTC, {day(1): new})
+    assert table.read_entries(BTC, ALL) == ((range_of(day(0), 2),), [*old[day(0)], *new])
+
+
+def test_whoever_reads_while_a_day_is_sealed_anew_gets_it_whole_as_it_was_or_is(
+    table: CandleTable,
+) -> None:
+    contents = [entries_of(day(0), seed=seed) for seed in range(20)]
+    table.seal(BTC, {day(0): contents[0]})
+    sealed_all = Event()
+
+    def read() -> list[int]:
+        seen = []
+        while not sealed_all.is_set():
+            ranges, entries = table.read_entries(BTC, ALL)
+            assert ranges == (range_of(day(0)),)
+            seen.append(contents.index(entries))
+        return seen
+
+    with ThreadPoolExecutor(2) as threads:
+        readers = [threads.submit(read) for _ in range(2)]
+        try:
+            for content in contents:
+                table.seal(BTC, {day(0): content})
+        finally:
+            sealed_all.set()
+        for reader in readers:
+            seen = reader.result(timeout=30)
+            assert seen == sorted(seen)
+    assert table.read_entries(BTC, ALL)[1] == contents[-1]
 
 
 READ = """
