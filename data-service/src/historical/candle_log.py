@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -137,6 +137,7 @@ class CandleLog:
                     commit_properties=commit(change="create_table", by=SERVICE),
                 )
                 self._open()
+                self._sync_log()
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -236,9 +237,24 @@ class CandleLog:
             )
             # After the vacuum, whose commits it covers.
             table = self._open()
-            if table.version() - _last_checkpoint(files) >= _CHECKPOINT_EVERY:
+            is_long = table.version() - _last_checkpoint(files) >= _CHECKPOINT_EVERY
+            if is_long:
                 table.create_checkpoint()
+            self._sync_log()
+            if is_long:
                 table.cleanup_metadata()
+
+    def _sync_log(self) -> None:
+        """Make what the library wrote durable, before something is built upon it."""
+        if self._storage_options is not None:
+            return
+        root = Path(self._uri)
+        for file in (root / _LOG).iterdir():
+            # Another process may clear the log.
+            with suppress(FileNotFoundError):
+                _sync(file)
+        for folder in (root / _LOG, root, root.parent):
+            _sync(folder)
 
     # -- following the log ------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ sealed days, so that other engines see what this service serves. Everything bloc
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import date
 from functools import partial
 from itertools import pairwise
@@ -155,23 +156,19 @@ class CandleTable:
         """
         for day, entries in days.items():
             _check(series, day, entries)
-        ascending = sorted(days)
+        years: dict[int, list[date]] = {}
+        for day in sorted(days):
+            years.setdefault(day.year, []).append(day)
 
         def changes(seen: Snapshot) -> list[Change]:
             files = seen.files_of(series)
-            years = sorted({day.year for day in ascending})
-            return [
-                self._replaced(
-                    series,
-                    year,
-                    [file for file in files.get(year, ()) if self._is_touched(file, bits)],
-                    bits,
-                    [entry for day in mine for entry in days[day]],
-                )
-                for year in years
-                if (mine := [day for day in ascending if day.year == year])
-                and (bits := bits_of(mine))
-            ]
+            found = []
+            for year, mine in years.items():
+                bits = bits_of(mine)
+                touched = [file for file in files.get(year, ()) if self._is_touched(file, bits)]
+                entries = [entry for day in mine for entry in days[day]]
+                found.append(self._replaced(series, year, touched, bits, entries))
+            return found
 
         self._write(series, "seal", changes)
 
@@ -200,7 +197,9 @@ class CandleTable:
         """
         for series in self._log.snapshot().series:
             self._write(series, "merge_files", partial(self._merges, series))
-        self._log.tidy()
+        # Another process that writes all the same leaves the rest to the next time.
+        with self._one_writer(), suppress(WriteConflict):
+            self._log.tidy()
 
     def _merges(self, series: Series, seen: Snapshot) -> list[Change]:
         """Past years in as few files as may be; the running one in a few."""
@@ -241,11 +240,7 @@ class CandleTable:
         self, series: Series, change: str, changes: Callable[[Snapshot], Sequence[Change]]
     ) -> None:
         """Commit what is decided by the newest version, again and again while others are faster."""
-        if not self._writing.acquire(timeout=self._timeout_s):
-            raise CandleTableUnavailable(
-                f"{self._uri}: another thread writes for {self._timeout_s:g} s"
-            )
-        try:
+        with self._one_writer():
             for _ in range(_TRIES):
                 seen = self._log.snapshot()
                 decided = changes(seen)
@@ -256,12 +251,21 @@ class CandleTable:
                 except WriteConflict:
                     continue
                 return
-        finally:
-            self._writing.release()
         raise CandleTableUnavailable(
             f"{self._uri}: another process wrote first {_TRIES} times in a row; let one service "
             f"collect into a root"
         )
+
+    @contextmanager
+    def _one_writer(self) -> Iterator[None]:
+        if not self._writing.acquire(timeout=self._timeout_s):
+            raise CandleTableUnavailable(
+                f"{self._uri}: another thread writes for {self._timeout_s:g} s"
+            )
+        try:
+            yield
+        finally:
+            self._writing.release()
 
 
 def _is_within(file: SealedFile, wanted: TimeRange) -> bool:

@@ -6,14 +6,14 @@ Bit 0 is the first of January. Times are ms since the epoch, UTC.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from datetime import date, timedelta
+from datetime import date
 from typing import Final
 
 from domain.time_range import TimeRange
+from storage.path_utility import day_start
 
 DAY_MS: Final = 86_400_000
 MOST_DAYS: Final = 366
-_EPOCH: Final = date(1970, 1, 1).toordinal()
 
 
 def bits_of(days: Iterable[date]) -> int:
@@ -26,21 +26,15 @@ def bits_of(days: Iterable[date]) -> int:
 
 def bits_within(wanted: TimeRange, year: int) -> int:
     """The bits of the days of ``year`` that ``wanted`` covers in part at least."""
-    start = _year_start(year)
+    start = day_start(date(year, 1, 1))
     first = max(0, (wanted.start - start) // DAY_MS)
     end = min(MOST_DAYS, -((start - wanted.end) // DAY_MS))
     return ((1 << (end - first)) - 1) << first if wanted and end > first else 0
 
 
-def days_of(bits: int, year: int) -> Iterator[date]:
-    """The days of ``year`` whose bits are set, ascending."""
-    first = date(year, 1, 1)
-    return (first + timedelta(days=at) for at in range(bits.bit_length()) if bits >> at & 1)
-
-
 def ranges_of(bits: int, year: int) -> Iterator[TimeRange]:
     """The runs of days of ``year`` whose bits are set, ascending."""
-    start = _year_start(year)
+    start = day_start(date(year, 1, 1))
     at = 0
     while bits:
         skipped = (bits & -bits).bit_length() - 1
@@ -50,7 +44,3 @@ def ranges_of(bits: int, year: int) -> Iterator[TimeRange]:
         first = start + (at + skipped) * DAY_MS
         yield TimeRange(first, first + length * DAY_MS)
         at += skipped + length
-
-
-def _year_start(year: int) -> int:
-    return (date(year, 1, 1).toordinal() - _EPOCH) * DAY_MS
