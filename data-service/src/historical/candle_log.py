@@ -6,7 +6,6 @@ Beside ``candle_files``, nothing else in this package knows deltalake.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +33,7 @@ from historical.candle_files import (
     index_of,
     new_path,
 )
+from historical.durable_files import sync, write_durably
 from historical.interfaces import (
     CandleTableDenied,
     CandleTableError,
@@ -184,7 +184,7 @@ class CandleLog:
         content = to_parquet(table)
         with self._translated():
             if self._storage_options is None:
-                _write_durably(Path(self._uri), path, content)
+                write_durably(Path(self._uri), path, content)
             else:
                 files = self._engine.files(self._uri, self._storage_options)
                 # In one piece, as bytes: that is all that the handler takes.
@@ -216,8 +216,8 @@ class CandleLog:
             )
             if self._storage_options is None:
                 log = Path(self._uri) / _LOG
-                _sync(log / f"{seen.version + 1:020}.json")
-                _sync(log)
+                sync(log / f"{seen.version + 1:020}.json")
+                sync(log)
 
     # -- upkeep -----------------------------------------------------------------------------
 
@@ -252,9 +252,9 @@ class CandleLog:
         for file in (root / _LOG).iterdir():
             # Another process may clear the log.
             with suppress(FileNotFoundError):
-                _sync(file)
+                sync(file)
         for folder in (root / _LOG, root, root.parent):
-            _sync(folder)
+            sync(folder)
 
     # -- following the log ------------------------------------------------------------------
 
@@ -347,28 +347,3 @@ def _entry(version: int) -> str:
 
 def _stamp(info: pyarrow.fs.FileInfo) -> tuple[int, int] | None:
     return (info.size, info.mtime_ns) if info.is_file else None
-
-
-def _write_durably(root: Path, path: str, content: bytes) -> None:
-    target = root / path
-    made = []
-    folder = target.parent
-    while not folder.is_dir():
-        made.append(folder)
-        folder = folder.parent
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    for folder in (target.parent, *(folder.parent for folder in made)):
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
