@@ -22,13 +22,17 @@
     |   |   `-- SpoolFull         the backend is away and the spool takes no more
     |   |-- StaleVersion          terminal: somebody else wrote there first; read it again
     |   `-- StorageConflict       terminal: an entry of another market, a root of another kind
+    |-- CandleTableError          historical: the table of sealed candles did not do what was asked
+    |   |-- CandleTableUnavailable  retryable: the table cannot be reached
+    |   |   `-- CandleTableDenied   credentials or permissions are wrong
+    |   `-- CandleTableMismatch   terminal: the table has other columns
     `-- TargetError               target_management: the table did not do what was asked
         |-- TargetStoreUnavailable  retryable: the table cannot be reached
         |   `-- TargetStoreDenied   credentials or permissions are wrong
         `-- TargetSchemaMismatch    terminal: the table has other columns
 
-The branches of exchange_source, storage and target_management stand in the ``interfaces.py`` of
-those packages, beside the methods that raise them.
+The branches of exchange_source, storage, historical and target_management stand in the
+``interfaces.py`` of those packages, beside the methods that raise them.
 
 ``retryable`` is the class's, the delay is data: ``retry_after`` in real seconds, or None.
 """

@@ -12,6 +12,27 @@ from domain.gap import Gap
 from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
+from errors import DataServiceError
+
+
+class CandleTableError(DataServiceError):
+    """The table of sealed candles did not do what was asked. The documents have it all."""
+
+
+class CandleTableUnavailable(CandleTableError):
+    """The table cannot be reached or written for now."""
+
+    retryable = True
+
+
+class CandleTableDenied(CandleTableUnavailable):
+    """Credentials or permissions are wrong; asking again does not mend that."""
+
+    retryable = False
+
+
+class CandleTableMismatch(CandleTableError):
+    """The table has other columns than this service writes; the message names the difference."""
 
 
 class IJsonWebSocket(Protocol):

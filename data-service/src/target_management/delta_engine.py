@@ -1,13 +1,14 @@
-"""What the table of targets is to Delta: its schema, its files, its errors. Everything blocks.
+"""What a table of this service is to Delta: its files, its errors; and the schema of targets.
 
-Nothing above ``delta_table`` and ``upkeep`` knows deltalake.
+Everything blocks. Nothing above ``delta_table`` and ``upkeep`` knows deltalake.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from deltalake.exceptions import (
 from deltalake.fs import DeltaStorageHandler
 from deltalake.schema import PrimitiveType
 
+from errors import DataServiceError
 from target_management.interfaces import (
     SERVICE,
     TargetError,
@@ -76,6 +78,28 @@ def commit(**told: Any) -> CommitProperties:
     return CommitProperties(custom_metadata=told, max_commit_retries=0)
 
 
+@dataclass(frozen=True, slots=True)
+class TableErrors:
+    """What a table of ``what`` raises when it does not do what was asked."""
+
+    what: str
+    error: type[DataServiceError]
+    unavailable: type[DataServiceError]
+    denied: type[DataServiceError]
+    mismatch: type[DataServiceError]
+    conflict: type[DataServiceError]
+
+
+TARGETS: Final = TableErrors(
+    "targets",
+    error=TargetError,
+    unavailable=TargetStoreUnavailable,
+    denied=TargetStoreDenied,
+    mismatch=TargetSchemaMismatch,
+    conflict=WriteConflict,
+)
+
+
 class DeltaEngine:
     """Opens and makes tables; tests of a cloud stand in for it."""
 
@@ -112,35 +136,77 @@ def check_schema(table: DeltaTable, uri: str) -> None:
     Raises:
         TargetSchemaMismatch: it has other columns, or needs another way of reading.
     """
-    found = {field.name: field for field in table.schema().fields}
-    difference = [
-        *(f"{name} is missing" for name in COLUMNS if name not in found),
-        *(f"{name} is unknown" for name in found if name not in COLUMNS),
-        *(
-            f"{name} is {found[name].type.type} instead of {kind}"
-            for name, kind in COLUMNS.items()
-            if name in found and found[name].type.type != kind
-        ),
-        *(
-            f"{name} may be null"
-            for name, kind in COLUMNS.items()
-            if name in found and found[name].type.type == kind and found[name].nullable
-        ),
-    ]
-    # Rows are read from the data files alone.
-    if partitioned := table.metadata().partition_columns:
-        difference.append(f"it is partitioned by {', '.join(partitioned)}")
-    if features := table.protocol().reader_features:
-        difference.append(f"it is written with {', '.join(sorted(features))}")
-    if difference:
+    if difference := schema_difference(table, COLUMNS, ()):
         raise TargetSchemaMismatch(
-            f"{uri} is no table of targets of this version ({'; '.join(difference)}); "
+            f"{uri} is no table of targets of this version ({difference}); "
             f"set TARGET_TABLE_PATH to another place, or move the table away"
         )
 
 
+def schema_difference(
+    table: DeltaTable, columns: Mapping[str, str], partitions: Sequence[str]
+) -> str:
+    """What tells a table from one of such columns, none of which may be null, whose rows can be
+    read from its data files alone; nothing where it is one."""
+    found = {field.name: field for field in table.schema().fields}
+    difference = [
+        *(f"{name} is missing" for name in columns if name not in found),
+        *(f"{name} is unknown" for name in found if name not in columns),
+    ]
+    for name, kind in columns.items():
+        if name not in found:
+            continue
+        has = found[name].type
+        if not isinstance(has, PrimitiveType) or has.type != kind:
+            named = has.type if isinstance(has, PrimitiveType) else type(has).__name__
+            difference.append(f"{name} is {named} instead of {kind}")
+        elif found[name].nullable:
+            difference.append(f"{name} may be null")
+    partitioned = table.metadata().partition_columns
+    if partitioned != list(partitions):
+        instead = f" instead of {', '.join(partitions)}" if partitions else ""
+        difference.append(f"it is partitioned by {', '.join(partitioned) or 'nothing'}{instead}")
+    if features := table.protocol().reader_features:
+        difference.append(f"it is written with {', '.join(sorted(features))}")
+    return "; ".join(difference)
+
+
+def vacuum(
+    table: DeltaTable,
+    files: pyarrow.fs.FileSystem,
+    *,
+    retention_hours: int,
+    least: int,
+    recursive: bool = False,
+) -> None:
+    """Remove files that left the table so long ago, once there are ``least`` of them.
+
+    ``files`` are those below the table, in folders of it where that is ``recursive``.
+    """
+    # The library names again what it removed before, for as long as the log tells of it.
+    named = {path.rpartition("/")[2] for path in _vacuumed(table, retention_hours, dry_run=True)}
+    if len(named) < least:
+        return
+    there = files.get_file_info(pyarrow.fs.FileSelector("", recursive=recursive))
+    if sum(info.base_name in named for info in there) >= least:
+        _vacuumed(table, retention_hours, dry_run=False)
+
+
+def _vacuumed(table: DeltaTable, retention_hours: int, *, dry_run: bool) -> list[str]:
+    return table.vacuum(
+        retention_hours=retention_hours,
+        dry_run=dry_run,
+        # Tables of other writers may name a longer time.
+        enforce_retention_duration=False,
+        # A checkpoint forgets which files left the table, once their time is over.
+        full=True,
+        commit_properties=commit(change="vacuum", by=SERVICE),
+        post_commithook_properties=NO_HOOKS,
+    )
+
+
 @contextmanager
-def translated(uri: str, *, secret: bool) -> Iterator[None]:
+def translated(uri: str, *, secret: bool, errors: TableErrors = TARGETS) -> Iterator[None]:
     """Errors of the library as ours.
 
     Where there are credentials (``secret``) they are not chained: an address in a text may carry a
@@ -149,33 +215,33 @@ def translated(uri: str, *, secret: bool) -> Iterator[None]:
     try:
         yield
     except CommitFailedError as exc:
-        raise WriteConflict(f"{uri}: another process wrote first") from (None if secret else exc)
+        raise errors.conflict(f"{uri}: another process wrote first") from (None if secret else exc)
     except SchemaMismatchError as exc:
-        raise TargetSchemaMismatch(f"{uri}: {detail(exc)}") from (None if secret else exc)
+        raise errors.mismatch(f"{uri}: {detail(exc)}") from (None if secret else exc)
     except TableNotFoundError as exc:
-        raise TargetStoreUnavailable(
-            f"{uri}: there is no table of targets; restart the service to make one, or bring it "
-            f"back"
+        raise errors.unavailable(
+            f"{uri}: there is no table of {errors.what}; restart the service to make one, or bring "
+            f"it back"
         ) from (None if secret else exc)
     except DeltaProtocolError as exc:
-        raise TargetError(f"{uri}: the table needs a newer Delta library: {detail(exc)}") from (
+        raise errors.error(f"{uri}: the table needs a newer Delta library: {detail(exc)}") from (
             None if secret else exc
         )
     except DeltaError as exc:
-        raise TargetError(f"{uri}: {detail(exc)}") from (None if secret else exc)
+        raise errors.error(f"{uri}: {detail(exc)}") from (None if secret else exc)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:
-        raise TargetError(f"{uri}: a file of the table cannot be read: {detail(exc)}") from (
+        raise errors.error(f"{uri}: a file of the table cannot be read: {detail(exc)}") from (
             None if secret else exc
         )
     except TimeoutError:
         raise
     except OSError as exc:
         if secret and _DENIED.search(str(exc)):
-            raise TargetStoreDenied(
+            raise errors.denied(
                 f"{uri}: access is denied; check the credentials of AZURE_STORAGE_OPTIONS and what "
                 f"they are allowed to: {detail(exc)}"
             ) from None
-        raise TargetStoreUnavailable(
+        raise errors.unavailable(
             f"{uri}: the table cannot be reached; check the path, its permissions and, on Azure, "
             f"AZURE_STORAGE_OPTIONS and the network: {detail(exc)}"
         ) from (None if secret else exc)

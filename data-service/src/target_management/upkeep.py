@@ -12,7 +12,13 @@ import pyarrow.fs
 from deltalake import DeltaTable
 
 from target_management.audit import IAudit
-from target_management.delta_engine import NO_HOOKS, DeltaEngine, commit, translated
+from target_management.delta_engine import (
+    NO_HOOKS,
+    DeltaEngine,
+    commit,
+    translated,
+    vacuum,
+)
 from target_management.interfaces import SERVICE, TargetError
 
 # A checkpoint and, if there is need, a merging of small files come every so many commits.
@@ -81,35 +87,13 @@ class Upkeep:
                     post_commithook_properties=NO_HOOKS,
                 )
             if tidy:
-                self._vacuum(table)
+                files = self._engine.files(self._uri, self._storage_options)
+                vacuum(table, files, retention_hours=_RETENTION_HOURS, least=_LEAST_VACUUM)
             # After the vacuum, whose commits it covers.
             if table.version() >= _EVERY:
                 table.create_checkpoint()
             if tidy and table.version() > _KEPT_COMMITS:
                 self._clear_log(table)
-
-    def _vacuum(self, table: DeltaTable) -> None:
-        # The library names again what it removed before, for as long as the log tells of it.
-        named = {path.rpartition("/")[2] for path in self._vacuumed(table, dry_run=True)}
-        if not named:
-            return
-        files = self._engine.files(self._uri, self._storage_options)
-        there = (info.base_name for info in files.get_file_info(pyarrow.fs.FileSelector("")))
-        if len(named.intersection(there)) >= _LEAST_VACUUM:
-            self._vacuumed(table, dry_run=False)
-
-    @staticmethod
-    def _vacuumed(table: DeltaTable, *, dry_run: bool) -> list[str]:
-        return table.vacuum(
-            retention_hours=_RETENTION_HOURS,
-            dry_run=dry_run,
-            # Tables of other writers may name a longer time.
-            enforce_retention_duration=False,
-            # A checkpoint forgets which files left the table, once their time is over.
-            full=True,
-            commit_properties=commit(change="vacuum", by=SERVICE),
-            post_commithook_properties=NO_HOOKS,
-        )
 
     def _clear_log(self, table: DeltaTable) -> None:
         """Move log entries before those to keep into the audit; the checkpoint covers them."""

@@ -69,10 +69,12 @@ class StorageProcess:
 
 
 @contextmanager
-def storage_process(what: str, *arguments: Any) -> Iterator[StorageProcess]:
-    """A process that does one of the things of this module, killed at the end."""
+def storage_process(
+    what: str, *arguments: Any, module: str = "tests.support.storage_processes"
+) -> Iterator[StorageProcess]:
+    """A process that does one of the things of this module, or another, killed at the end."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.storage_processes", what, json.dumps(arguments)],
+        [sys.executable, "-m", module, what, json.dumps(arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(_PATHS)},

@@ -1,0 +1,280 @@
+"""The candles of closed UTC days in a Delta table, beside the documents, to be read as columns.
+
+The documents stay the truth. In every version of the table its rows are just the candles of the
+sealed days, so that other engines see what this service serves. Everything blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import date
+from functools import partial
+from itertools import pairwise
+from typing import Final
+
+import pyarrow as pa
+import structlog
+
+from domain.entry import Entry
+from domain.series import Series
+from domain.time_range import RangeSet, TimeRange
+from errors import InvalidRequest
+from historical.candle_columns import (
+    CANDLE,
+    EVERYTHING,
+    SealedCandles,
+    candles_of,
+    entries_of,
+    merged,
+    outside,
+    table_of,
+)
+from historical.candle_files import Change, SealedFile
+from historical.candle_log import CandleLog, FileDamaged, Snapshot, WriteConflict
+from historical.interfaces import CandleTableUnavailable
+from historical.sealed_days import bits_of, bits_within, ranges_of
+from storage.path_utility import day_of
+from target_management.delta_engine import DeltaEngine
+
+_TRIES: Final = 5
+# What reading costs goes by the file; the running year gets one a day.
+_MOST_FILES: Final = 8
+# What rewriting a day costs goes by the rows of its file: a year of 1m is in one, of 1s in many.
+_FULL_ROWS: Final = 1_000_000
+
+log = structlog.get_logger(__name__)
+
+
+class CandleTable:
+    """One table on a local disk or on Azure. ``prepare`` before use.
+
+    A day is sealed with all its candles, or with none where it has none; a period belongs to the
+    day that it opens in. Sealing and unsealing are one commit for a year of a series each: a
+    process that is killed leaves a day sealed or not, and nothing in between.
+
+    Several threads may use it; whoever calls sees to it that one process writes at a time. One that
+    writes all the same changes nothing behind another's back: its commit is refused, and decided
+    anew by what is there then.
+
+    Every method raises ``CandleTableUnavailable``, ``CandleTableMismatch`` or ``CandleTableError``.
+    A data file that is gone or damaged fails nothing: its days count as not sealed.
+    """
+
+    def __init__(
+        self,
+        engine: DeltaEngine,
+        uri: str,
+        storage_options: dict[str, str] | None,
+        *,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self._log = CandleLog(engine, uri, storage_options, timeout_s=timeout_s)
+        self._uri = uri
+        self._timeout_s = timeout_s
+        self._writing = threading.Lock()
+        self._damaged: set[str] = set()
+
+    def prepare(self) -> None:
+        """Make the table if it is missing, and check its schema.
+
+        Raises:
+            CandleTableMismatch: it has other columns; the message names the difference.
+        """
+        self._log.prepare()
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def sealed(self, series: Series, within: TimeRange) -> list[TimeRange]:
+        """The parts of ``within`` that lie in sealed days, ascending."""
+        return list(self._ranges(self._chosen(series, within), within))
+
+    def read(self, series: Series, wanted: TimeRange) -> SealedCandles:
+        """The candles of the sealed days of a range, as columns."""
+        table, ranges = self._rows(series, wanted, CANDLE)
+        return candles_of(table, ranges)
+
+    def read_entries(
+        self, series: Series, wanted: TimeRange
+    ) -> tuple[tuple[TimeRange, ...], list[Entry]]:
+        """The parts of a range that lie in sealed days, and their entries without books."""
+        table, ranges = self._rows(series, wanted, EVERYTHING)
+        return ranges, entries_of(table, series)
+
+    def _rows(
+        self, series: Series, wanted: TimeRange, columns: Sequence[str]
+    ) -> tuple[pa.Table, tuple[TimeRange, ...]]:
+        read = []
+        tables = [table_of([]).select(list(columns))]
+        for year, file in self._chosen(series, wanted):
+            table = self._read(file, columns, None if _is_within(file, wanted) else wanted)
+            if table is not None:
+                tables.append(table)
+                read.append((year, file))
+        return merged(tables), tuple(self._ranges(read, wanted))
+
+    def _chosen(self, series: Series, wanted: TimeRange) -> list[tuple[int, SealedFile]]:
+        """The files that have days of ``wanted``, each with its year."""
+        return [
+            (year, file)
+            for year, files in self._log.snapshot().files_of(series).items()
+            if (bits := bits_within(wanted, year))
+            for file in files
+            if file.days & bits and file.path not in self._damaged
+        ]
+
+    @staticmethod
+    def _ranges(files: Iterable[tuple[int, SealedFile]], within: TimeRange) -> RangeSet:
+        return RangeSet(
+            run.intersect(within) for year, file in files for run in ranges_of(file.days, year)
+        )
+
+    def _read(
+        self, file: SealedFile, columns: Sequence[str], wanted: TimeRange | None = None
+    ) -> pa.Table | None:
+        """Rows of a file, or None where it is damaged, which is told once."""
+        if not file.rows:
+            return table_of([]).select(list(columns))
+        try:
+            return self._log.read(file, columns, wanted)
+        except FileDamaged as exc:
+            if file.path not in self._damaged:
+                log.warning("candle_file_damaged", error=exc.message)
+            self._damaged.add(file.path)
+            return None
+
+    # -- writing ----------------------------------------------------------------------------
+
+    def seal(self, series: Series, days: Mapping[date, Sequence[Entry]]) -> None:
+        """Seal days with just these entries, ascending, in place of what was sealed of them.
+
+        Durable when it returns; one commit, whatever the years.
+
+        Raises:
+            InvalidRequest: an entry is of another series or day, or they do not ascend.
+        """
+        for day, entries in days.items():
+            _check(series, day, entries)
+        years: dict[int, list[date]] = {}
+        for day in sorted(days):
+            years.setdefault(day.year, []).append(day)
+
+        def changes(seen: Snapshot) -> list[Change]:
+            files = seen.files_of(series)
+            found = []
+            for year, mine in years.items():
+                bits = bits_of(mine)
+                touched = [file for file in files.get(year, ()) if self._is_touched(file, bits)]
+                entries = [entry for day in mine for entry in days[day]]
+                found.append(self._replaced(series, year, touched, bits, entries))
+            return found
+
+        self._write(series, "seal", changes)
+
+    def unseal(self, series: Series, days: Iterable[date]) -> None:
+        """Make days be read from documents; those that are not sealed change nothing.
+
+        Durable when it returns: call it before a document of a day is replaced.
+        """
+        wanted = set(days)
+
+        def changes(seen: Snapshot) -> list[Change]:
+            found = []
+            for year, files in seen.files_of(series).items():
+                bits = bits_of(day for day in wanted if day.year == year)
+                touched = [file for file in files if file.days & bits]
+                if touched:
+                    found.append(self._replaced(series, year, touched, bits, None))
+            return found
+
+        self._write(series, "unseal", changes)
+
+    def tidy(self) -> None:
+        """Merge small files, remove those that nobody reads any more, and clear the log.
+
+        May be cut off anywhere.
+        """
+        for series in self._log.snapshot().series:
+            self._write(series, "merge_files", partial(self._merges, series))
+        # Another process that writes all the same leaves the rest to the next time.
+        with self._one_writer(), suppress(WriteConflict):
+            self._log.tidy()
+
+    def _merges(self, series: Series, seen: Snapshot) -> list[Change]:
+        """Past years in as few files as may be; the running one in a few."""
+        years = seen.files_of(series)
+        newest = max(years)
+        return [
+            self._replaced(series, year, small, 0, None)
+            for year, files in years.items()
+            if (small := [file for file in files if file.rows < _FULL_ROWS])
+            and len(small) > (_MOST_FILES if year == newest else 1)
+        ]
+
+    def _is_touched(self, file: SealedFile, bits: int) -> bool:
+        """Whether a file cannot stay as it is when days are sealed anew."""
+        return bool(file.days & bits) or not file.days or file.path in self._damaged
+
+    def _replaced(
+        self,
+        series: Series,
+        year: int,
+        files: Sequence[SealedFile],
+        days: int,
+        entries: Sequence[Entry] | None,
+    ) -> Change:
+        """One file in place of several, in which ``days`` are sealed with ``entries``, or, where
+        that is None, not at all."""
+        unwanted = list(ranges_of(days, year))
+        tables = [] if entries is None else [table_of(entries)]
+        sealed = 0 if entries is None else days
+        for file in files:
+            if file.days & ~days and (table := self._read(file, EVERYTHING)) is not None:
+                tables.append(outside(table, unwanted))
+                sealed |= file.days & ~days
+        added = self._log.write(series, year, sealed, merged(tables)) if sealed else None
+        return Change(year, tuple(files), added)
+
+    def _write(
+        self, series: Series, change: str, changes: Callable[[Snapshot], Sequence[Change]]
+    ) -> None:
+        """Commit what is decided by the newest version, again and again while others are faster."""
+        with self._one_writer():
+            for _ in range(_TRIES):
+                seen = self._log.snapshot()
+                decided = changes(seen)
+                if not decided:
+                    return
+                try:
+                    self._log.commit(seen, series, change, decided)
+                except WriteConflict:
+                    continue
+                return
+        raise CandleTableUnavailable(
+            f"{self._uri}: another process wrote first {_TRIES} times in a row; let one service "
+            f"collect into a root"
+        )
+
+    @contextmanager
+    def _one_writer(self) -> Iterator[None]:
+        if not self._writing.acquire(timeout=self._timeout_s):
+            raise CandleTableUnavailable(
+                f"{self._uri}: another thread writes for {self._timeout_s:g} s"
+            )
+        try:
+            yield
+        finally:
+            self._writing.release()
+
+
+def _is_within(file: SealedFile, wanted: TimeRange) -> bool:
+    """Whether every row of a file is one of ``wanted``."""
+    return file.times is not None and file.times[0] in wanted and file.times[1] in wanted
+
+
+def _check(series: Series, day: date, entries: Sequence[Entry]) -> None:
+    if any(entry.series != series or day_of(entry.timestamp) != day for entry in entries):
+        raise InvalidRequest(f"{day} of {series} is sealed with entries of that day and series")
+    if any(later.timestamp <= entry.timestamp for entry, later in pairwise(entries)):
+        raise InvalidRequest(f"{day} of {series} is sealed with entries ascending by time")
