@@ -30,6 +30,7 @@ from errors import (
     UnknownExchange,
 )
 from exchange_source.interfaces import ExchangeRefused, ExchangeUnavailable
+from historical.interfaces import CandleTableUnavailable
 from models import WRONG_VALUE
 from storage.interfaces import StorageUnavailable
 from target_management.interfaces import TargetStoreUnavailable
@@ -103,6 +104,7 @@ _TABLE: Final[tuple[tuple[type[DataServiceError], str, HTTPStatus], ...]] = (
     (ExchangeUnavailable, "exchange_unavailable", HTTPStatus.SERVICE_UNAVAILABLE),
     (StorageUnavailable, "storage_unavailable", HTTPStatus.SERVICE_UNAVAILABLE),
     (TargetStoreUnavailable, "storage_unavailable", HTTPStatus.SERVICE_UNAVAILABLE),
+    (CandleTableUnavailable, "storage_unavailable", HTTPStatus.SERVICE_UNAVAILABLE),
 )
 INTERNAL: Final = Problem(
     "internal", HTTPStatus.INTERNAL_SERVER_ERROR, "the service failed; its log says why"

@@ -32,6 +32,12 @@ from exchange_source.interfaces import (
     ExchangeRefused,
     ExchangeUnavailable,
 )
+from historical.interfaces import (
+    CandleTableDenied,
+    CandleTableError,
+    CandleTableMismatch,
+    CandleTableUnavailable,
+)
 from models import parse_client_message
 from storage.interfaces import StorageConflict, StorageError, StorageUnavailable
 from target_management.interfaces import (
@@ -63,6 +69,10 @@ OUTSIDE: dict[type[DataServiceError], tuple[str, int]] = {
     TargetStoreUnavailable: ("storage_unavailable", 503),
     TargetStoreDenied: ("storage_unavailable", 503),
     TargetSchemaMismatch: ("internal", 500),
+    CandleTableError: ("internal", 500),
+    CandleTableUnavailable: ("storage_unavailable", 503),
+    CandleTableDenied: ("storage_unavailable", 503),
+    CandleTableMismatch: ("internal", 500),
     SlowConsumer: ("slow_consumer", 429),
     PayloadTooLarge: ("payload_too_large", 413),
     InvalidMessage: ("invalid_message", 422),
