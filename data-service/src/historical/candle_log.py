@@ -127,14 +127,12 @@ class CandleLog:
             try:
                 self._open()
             except TableNotFoundError:
-                DeltaTable.create(
+                self._engine.create(
                     self._uri,
                     SCHEMA,
-                    mode="ignore",
-                    partition_by=list(PARTITIONS),
+                    self._storage_options,
+                    partitions=PARTITIONS,
                     configuration=CONFIGURATION,
-                    storage_options=self._storage_options,
-                    commit_properties=commit(change="create_table", by=SERVICE),
                 )
                 self._open()
                 self._sync_log()

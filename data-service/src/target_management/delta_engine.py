@@ -107,13 +107,22 @@ class DeltaEngine:
         """The table at ``uri`` in its newest version."""
         return DeltaTable(uri, storage_options=storage_options)
 
-    def create(self, uri: str, schema: Schema, storage_options: dict[str, str] | None) -> None:
+    def create(
+        self,
+        uri: str,
+        schema: Schema,
+        storage_options: dict[str, str] | None,
+        *,
+        partitions: Sequence[str] = (),
+        configuration: Mapping[str, str | None] = _CONFIGURATION,
+    ) -> None:
         """Make an empty table at ``uri`` if there is none."""
         DeltaTable.create(
             uri,
             schema,
             mode="ignore",
-            configuration=_CONFIGURATION,
+            partition_by=list(partitions) or None,
+            configuration=configuration,
             storage_options=storage_options,
             commit_properties=commit(change="create_table", by=SERVICE),
         )

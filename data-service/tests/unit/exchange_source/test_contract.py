@@ -102,6 +102,7 @@ async def test_subscriptions_that_go_out_together_do_not_wait_for_the_pace_of_re
         # As long as the list of markets, which is asked for first, keeps everything else waiting.
         await clock.advance(250)
         await until(lambda: len(sandbox.hub.running_feeds) == 3 * len(markets))
+        assert set(sandbox.hub.running_feeds.values()) == {1}
         await exchange.close()
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import csv
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -27,6 +27,12 @@ PATIENCE_S = 15.0
 def clock_at(market_ms: int, speed: float = 1.0) -> MarketClock:
     """A market clock that shows ``market_ms`` now."""
     return MarketClock(origin=time.time_ns() // 1_000_000, market=market_ms, speed=speed)
+
+
+async def within_patience(ask: Callable[[], Awaitable[Any]]) -> Any:
+    """What ``ask`` gives, which it has ``PATIENCE_S`` for."""
+    async with asyncio.timeout(PATIENCE_S):
+        return await ask()
 
 
 def redirected(urls: Any, sandbox: RunningSandbox) -> Any:

@@ -428,8 +428,11 @@ class TestStreams:
         names = [f"coin{number}@trade" for number in range(1_025)]
         async with connected(sandbox, "/ws/0") as listener:
             await subscribed(listener, *names[:1_024])
+            assert sandbox.hub.open_sockets == 1
             await listener.ws.send_json({"method": "SUBSCRIBE", "params": names[-1:], "id": 2})
             await listener.ended()
+            assert listener.ws.closed
+        await eventually(lambda: sandbox.hub.open_sockets == 0)
 
     async def test_a_peer_that_answers_pings_stays_and_one_that_does_not_is_dropped(self) -> None:
         async with running_sandbox(SandboxConfig(heartbeat_s=0.1)) as sandbox:

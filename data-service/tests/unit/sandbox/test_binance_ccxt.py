@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -26,10 +25,10 @@ from sandbox.prices import Instrument
 from tests.unit.sandbox.helpers import (
     MINUTE,
     NOON_MS,
-    PATIENCE_S,
     binance_client,
     clock_at,
     http_to,
+    within_patience,
 )
 
 NOW = NOON_MS + 2 * MINUTE + 20_000
@@ -52,11 +51,6 @@ async def client(sandbox: RunningSandbox) -> AsyncIterator[Any]:
 
 def instrument(sandbox: RunningSandbox, symbol: str) -> Instrument:
     return next(item for item in sandbox.venue.instruments() if item.symbol == symbol)
-
-
-async def within_patience(ask: Callable[[], Awaitable[Any]]) -> Any:
-    async with asyncio.timeout(PATIENCE_S):
-        return await ask()
 
 
 async def test_markets_are_loaded_by_one_request_with_their_steps(

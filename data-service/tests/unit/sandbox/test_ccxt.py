@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from ccxt.base.errors import BadRequest
 from domain.interval import Interval
 from domain.time_range import TimeRange
 from sandbox.app import RunningSandbox, SandboxConfig, running_sandbox
-from tests.unit.sandbox.helpers import MINUTE, NOON_MS, PATIENCE_S, ccxt_client, clock_at
+from tests.unit.sandbox.helpers import MINUTE, NOON_MS, ccxt_client, clock_at, within_patience
 
 NOW = NOON_MS + 2 * MINUTE + 20_000
 
@@ -29,11 +28,6 @@ async def client(sandbox: RunningSandbox) -> AsyncIterator[Any]:
     async with ccxt_client(sandbox) as connected:
         await connected.load_markets()
         yield connected
-
-
-async def within_patience(ask: Callable[[], Awaitable[Any]]) -> Any:
-    async with asyncio.timeout(PATIENCE_S):
-        return await ask()
 
 
 async def test_markets_are_loaded_with_their_kinds_and_steps(client: Any) -> None:

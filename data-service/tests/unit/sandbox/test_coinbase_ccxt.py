@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -15,11 +14,11 @@ from sandbox.app import RunningSandbox, SandboxConfig, running_sandbox
 from tests.unit.sandbox.helpers import (
     MINUTE,
     NOON_MS,
-    PATIENCE_S,
     clock_at,
     coinbase_client,
     http_to,
     values_of,
+    within_patience,
 )
 
 NOW = NOON_MS + 2 * MINUTE + 20_000
@@ -37,11 +36,6 @@ async def client(sandbox: RunningSandbox) -> AsyncIterator[Any]:
     async with coinbase_client(sandbox) as connected:
         await connected.load_markets()
         yield connected
-
-
-async def within_patience(ask: Callable[[], Awaitable[Any]]) -> Any:
-    async with asyncio.timeout(PATIENCE_S):
-        return await ask()
 
 
 async def test_markets_are_loaded_with_two_requests_and_their_steps(

@@ -68,8 +68,10 @@ class Cloud(DeltaEngine):
     def open(self, uri: str, storage_options: dict[str, str] | None) -> DeltaTable:
         return super().open(self._local(uri, storage_options), None)
 
-    def create(self, uri: str, schema: Schema, storage_options: dict[str, str] | None) -> None:
-        super().create(self._local(uri, storage_options), schema, None)
+    def create(
+        self, uri: str, schema: Schema, storage_options: dict[str, str] | None, **layout: Any
+    ) -> None:
+        super().create(self._local(uri, storage_options), schema, None, **layout)
 
     def files(
         self,
