@@ -75,7 +75,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def check(found: SealedCandles, expected: pd.DataFrame) -> None:
     """A wrong answer is no figure."""
-    if not all((getattr(found, name) == expected[name].to_numpy()).all() for name in CANDLE):
+    if not all(
+        (getattr(found.candles, name) == expected[name].to_numpy()).all() for name in CANDLE
+    ):
         raise SystemExit("the table has other candles than were sealed")
 
 

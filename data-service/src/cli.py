@@ -1,4 +1,4 @@
-"""The command ``cb-trade-data``: serve, verify, export, sandbox, token."""
+"""The command ``cb-trade-data``: serve, verify, export, seal, sandbox, token."""
 
 from __future__ import annotations
 
@@ -99,6 +99,21 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, metavar="FILE", help="default: named by the series")
     export.set_defaults(run=_export)
 
+    seal = commands.add_parser(
+        "seal",
+        help="copy closed days into the table of candles; a service does so by itself",
+        description=(
+            "Copies the closed UTC days of what is stored, without order books, into the Delta "
+            "table candles_delta beside it, for fast reads and for other engines. The documents "
+            "stay. A service that collects does so by itself: this is for a root that none "
+            "collects into."
+        ),
+    )
+    seal.add_argument("--coin", help="only of this coin")
+    seal.add_argument("--exchange", help="only of this exchange")
+    seal.add_argument("--interval", help="only of this interval")
+    seal.set_defaults(run=_seal)
+
     sandbox = commands.add_parser(
         "sandbox", help="run a simulated exchange on loopback, to try everything without a network"
     )
@@ -176,6 +191,21 @@ def _export(options: argparse.Namespace) -> int:
             range=TimeRange(options.start, options.end),
             format=options.format,
             out=options.out,
+        ),
+    )
+
+
+def _seal(options: argparse.Namespace) -> int:
+    import seal  # noqa: PLC0415
+
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    return seal.run(
+        settings,
+        seal.Wanted(
+            coin=None if options.coin is None else options.coin.strip().upper(),
+            exchange=None if options.exchange is None else options.exchange.strip().lower(),
+            interval=options.interval,
         ),
     )
 

@@ -254,6 +254,27 @@ class Settings(BaseSettings):
         return {}
 
     @property
+    def candles_path(self) -> str:
+        """The path or URI of the table of sealed candles, beside the documents."""
+        if self.storage_type == "azure":
+            return f"az://{self.storage_root}/candles_delta"
+        return str(Path(self.storage_root) / "candles_delta")
+
+    @property
+    def candles_options(self) -> dict[str, str] | None:
+        """What the table's Azure client takes, by what the storage's own settings say; None for a
+        local table. Secrets are among it."""
+        if self.storage_type == "local":
+            return None
+        if self.azure_storage_connection_string is not None:
+            return _azure_options(self.azure_storage_connection_string.get_secret_value())
+        # How to sign in may be told for the table of targets alone.
+        told = {
+            name: value.get_secret_value() for name, value in self.azure_storage_options.items()
+        }
+        return told | _account_options(self.azure_storage_account_url or "")
+
+    @property
     def redirected(self) -> bool:
         """Whether an enabled exchange is another than the real one."""
         return any(name in self.exchange_endpoints for name in self.exchanges)

@@ -26,6 +26,7 @@ from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
 from errors import InvalidRequest, NoData
+from observability.progress import show_progress
 from storage.factory import create_storage, spool_folder
 from storage.path_utility import StoragePathUtility
 from storage.reader import StoredDocuments
@@ -97,7 +98,7 @@ async def _export(settings: Settings, wanted: Wanted, progress: TextIO) -> int:
                 broken += sum(time in found for time in asked) - len(entries)
                 writer.write_table(_table(entries))
                 written += len(entries)
-                _show(progress, at + len(asked), len(times))
+                show_progress(progress, at + len(asked), len(times))
     print(f"{out}: {written} candles of {series}")
     if broken:
         print(f"{broken} documents could not be read; the log says which", file=sys.stderr)
@@ -165,14 +166,3 @@ def _table(entries: Sequence[Entry]) -> pa.Table:
         pa.array(values, type=field.type) for values, field in zip(columns, SCHEMA, strict=True)
     ]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
-
-
-def _show(progress: TextIO, done: int, all_of_them: int) -> None:
-    """A bar, for who looks on; nothing goes into a file or a pipe."""
-    if not progress.isatty():
-        return
-    filled = 30 * done // all_of_them
-    bar = "#" * filled + "." * (30 - filled)
-    end = "\n" if done == all_of_them else ""
-    progress.write(f"\r[{bar}] {done} of {all_of_them}{end}")
-    progress.flush()

@@ -26,9 +26,13 @@ from config import Settings
 from domain.clock import IClock
 from errors import ConfigurationError, DataServiceError
 from exchange_source.microkernel import DataSourceConnectorImpl
+from historical.candle_table import CandleTable
 from historical.current_fetcher import CurrentDataFetcher
 from historical.fetcher import HistoricalFetcher
+from historical.interfaces import CandleTableDenied, CandleTableUnavailable
 from historical.manager import HistoricalDataManagerImpl
+from historical.sealed_store import SealedCandleStore
+from historical.sealer import CandleSealer
 from reconciliation.reconciler import Reconciler
 from storage.collector_identity import CollectorIdentity
 from storage.factory import create_storage, spool_folder
@@ -97,7 +101,14 @@ async def _assembled(
         stack.callback(identity.release)
         lock = raw_storage.collector_lock(identity=await identity.claim())
         stack.push_async_callback(lock.release)
-        storage = StorageManagerImpl(raw_storage, spool=spool, lock=lock, clock=clock)
+        sealed = SealedCandleStore(CandleTable.from_settings(settings), clock)
+        stack.push_async_callback(sealed.close)
+        sealer = CandleSealer(
+            sealed, raw_storage, settings.exchanges, clock, may_write=lambda: lock.is_held
+        )
+        storage = StorageManagerImpl(
+            raw_storage, spool=spool, lock=lock, sealed=sealer, clock=clock
+        )
         targets = TargetManager.from_settings(settings, clock)
         stack.push_async_callback(targets.close)
         connector = DataSourceConnectorImpl.from_settings(settings, clock)
@@ -128,7 +139,7 @@ async def _assembled(
         )
         history = HistoricalDataManagerImpl(
             directory=collection,
-            fetcher=HistoricalFetcher(storage, reconciler, clock),
+            fetcher=HistoricalFetcher(storage, reconciler, clock, sealed=sealed),
             current=CurrentDataFetcher(storage),
             reconciler=reconciler,
             forming=hub.forming,
@@ -143,12 +154,13 @@ async def _assembled(
             spool=spool,
             targets=targets,
             storage=storage,
+            sealer=sealer,
             reconciler=reconciler,
             collection=collection,
         )
         registry.register(StorageCollector(lambda: storage.status, lambda: role.collecting))
         registry.register(ExchangeCollector(list(clients.values())))
-        health = Health(storage, role, list(clients.values()))
+        health = Health(storage, role, list(clients.values()), sealing=sealer)
         auth = AuthenticationModuleImpl.from_settings(settings, clock)
         app.state.auth = auth
         app.state.services = Services(
@@ -163,6 +175,7 @@ async def _assembled(
         await stack.enter_async_context(_running(storage.run(), "storage", health))
         await stack.enter_async_context(_running(reconciler.run(), "settling", health))
         await stack.enter_async_context(_running(collection.run(), "collection", health))
+        await stack.enter_async_context(_running(sealer.run(), "sealing", health))
         await _start(role, patient=settings.storage_type == "azure")
         await stack.enter_async_context(_running(role.run(), "the collector's role", health))
         health.phase = "running"
@@ -178,6 +191,7 @@ def _role(
     spool: Spool,
     targets: TargetManager,
     storage: StorageManagerImpl,
+    sealer: CandleSealer,
     reconciler: Reconciler,
     collection: DataCollectionManagerImpl,
 ) -> CollectorRole:
@@ -199,6 +213,8 @@ def _role(
         if not await check_stamp(raw_storage, redirected=settings.redirected):
             await write_stamp(raw_storage, redirected=settings.redirected)
         await targets.open()
+        # Before the first document is written: whoever collected before may be sealing still.
+        await sealer.take_over()
         # Who collected before may have left entries there.
         await spool.open()
         storage.collect()
@@ -207,6 +223,7 @@ def _role(
 
     async def end() -> None:
         storage.stand_by()
+        sealer.stand_by()
         await collection.stand_by()
         reconciler.stand_by()
 
@@ -218,9 +235,9 @@ async def _start(role: CollectorRole, *, patient: bool) -> None:
     away for now does not, since it may come back without anybody's doing."""
     try:
         await role.start()
-    except (StorageDenied, TargetStoreDenied):
+    except (StorageDenied, TargetStoreDenied, CandleTableDenied):
         raise
-    except (StorageUnavailable, TargetStoreUnavailable) as exc:
+    except (StorageUnavailable, TargetStoreUnavailable, CandleTableUnavailable) as exc:
         if not patient:
             raise
         log.warning("started_without_storage", error=exc.message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from api.services import Readiness
 from collection.role import CollectorRole
@@ -18,6 +18,14 @@ READY_TIMEOUT_S: Final = 3.0
 SKEW_MS: Final = 5_000
 
 
+class ITroubled(Protocol):
+    """What costs speed and no data while it does not work."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it does not work for now, or None."""
+
+
 class Health:
     """Why the service is not ready: while it starts or drains, when storage refuses, and when
     nobody can say who collects. What is merely worth knowing is a warning."""
@@ -27,10 +35,13 @@ class Health:
         storage: IStorageManager,
         role: CollectorRole,
         exchanges: Sequence[IExchangeAPIClient] = (),
+        *,
+        sealing: ITroubled | None = None,
     ) -> None:
         self._storage = storage
         self._role = role
         self._exchanges = exchanges
+        self._sealing = sealing
         self.phase = "starting"
 
     async def readiness(self) -> Readiness:
@@ -62,6 +73,10 @@ class Health:
             warnings.append(
                 f"{status.spooled} entries ({status.spooled_bytes} bytes) wait in the spool for "
                 f"the storage"
+            )
+        if self._sealing is not None and self._sealing.trouble is not None:
+            warnings.append(
+                f"closed days are not sealed, their documents are read: {self._sealing.trouble}"
             )
         warnings += self._wrong_clocks()
         return Readiness(tuple(reasons), tuple(warnings))

@@ -26,7 +26,7 @@ from domain.candle import Candle
 from domain.entry import SCHEMA, Entry
 from domain.series import Series
 from historical.interfaces import Coverage, CurrentData, History, Summary
-from historical.messages import candle_row, gap_out
+from historical.messages import gap_out
 from models import HISTORY_COLUMNS
 
 _ENCODED_EVENTS: Final = 1_024
@@ -114,7 +114,7 @@ def history_out(history: History) -> dict[str, Any]:
         "start": history.range.start,
         "end": history.range.end,
         "columns": list(HISTORY_COLUMNS),
-        "rows": [candle_row(candle) for candle in history.candles],
+        "rows": history.candles.rows(),
         "count": len(history.candles),
         "next_start": history.next_start,
         "gaps": [gap_out(gap, interval) for gap in history.gaps],
@@ -143,7 +143,7 @@ def summary_out(summary: Summary) -> dict[str, Any]:
         "volatility": summary.volatility,
         "max_drawdown_percent": summary.max_drawdown_percent,
         "columns": list(HISTORY_COLUMNS),
-        "rows": [candle_row(candle) for candle in summary.candles],
+        "rows": summary.candles.rows(),
         "periods_per_row": summary.candle_periods,
         "gaps": [gap_out(gap, interval) for gap in summary.gaps],
     }

@@ -19,9 +19,8 @@ from domain.candle import Candle
 from domain.entry import Entry
 from domain.series import Series
 from domain.time_range import TimeRange
+from historical.columns import Candles, Numbers
 
-Numbers = npt.NDArray[np.int64]
-Prices = npt.NDArray[np.float64]
 _N = TypeVar("_N", np.int32, np.int64, np.float64)
 
 CANDLE: Final = ("timestamp", "open", "high", "low", "close", "volume")
@@ -34,26 +33,16 @@ _TEXTS: Final = ["market", "source"]
 _GROUP_ROWS: Final = 16_384
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class SealedCandles:
-    """The candles of the sealed days of a range, a column each, ascending by time.
+    """The candles of the sealed days of a range.
 
-    ``ranges`` are the parts of the range that the columns speak for: a period of theirs that has no
-    row has no candle. ``timestamp`` (int64) is the open of a period in ms, prices are in the
-    market's quote currency and ``volume`` in its base currency (float64). The columns are of one
-    length and cannot be written to.
+    ``ranges`` are the parts of the range that they speak for: a period of theirs that has no candle
+    here has none.
     """
 
     ranges: tuple[TimeRange, ...]
-    timestamp: Numbers
-    open: Prices
-    high: Prices
-    low: Prices
-    close: Prices
-    volume: Prices
-
-    def __len__(self) -> int:
-        return len(self.timestamp)
+    candles: Candles
 
 
 def table_of(entries: Sequence[Entry]) -> pa.Table:
@@ -84,11 +73,8 @@ def entries_of(table: pa.Table, series: Series) -> list[Entry]:
 
 def candles_of(table: pa.Table, ranges: tuple[TimeRange, ...]) -> SealedCandles:
     """The columns of rows of ``CANDLE``."""
-    return SealedCandles(
-        ranges,
-        numbers(table, "timestamp"),
-        *(_numpy(table[name], np.float64) for name in CANDLE[1:]),
-    )
+    prices = (_numpy(table[name], np.float64) for name in CANDLE[1:])
+    return SealedCandles(ranges, Candles(numbers(table, "timestamp"), *prices))
 
 
 def numbers(table: pa.Table, name: str) -> Numbers:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.fs
+import structlog
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
@@ -59,6 +60,8 @@ _RETENTION_HOURS: Final = 24
 # A vacuum is two commits, a checkpoint is worth it from so many log entries on.
 _LEAST_VACUUM: Final = 50
 _CHECKPOINT_EVERY: Final = 10
+
+log = structlog.get_logger(__name__)
 
 
 class WriteConflict(CandleTableError):
@@ -119,11 +122,16 @@ class CandleLog:
         self._storage_options = storage_options
         self._timeout_s = timeout_s
         self._held: _Held | None = None
+        # Whether the handle has all that this process committed.
+        self._sure = False
         self._using = threading.Lock()
 
-    def prepare(self) -> None:
-        """Make the table if it is missing, and check its schema."""
+    def prepare(self) -> bool:
+        """Make the table if it is missing, and check its schema; whether it was missing. Nobody
+        else may write."""
         with self._translated():
+            if self._storage_options is None:
+                _drop_torn_entry(Path(self._uri) / _LOG)
             try:
                 self._open()
             except TableNotFoundError:
@@ -136,6 +144,8 @@ class CandleLog:
                 )
                 self._open()
                 self._sync_log()
+                return True
+            return False
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -192,8 +202,14 @@ class CandleLog:
         first_and_last = (int(times[0]), int(times[-1])) if len(times) else None
         return SealedFile(path, days, len(times), len(content), first_and_last)
 
+    def known(self) -> Snapshot | None:
+        """The version that was followed last, without a look; None before the first, and while it
+        is open whether this process made a newer one."""
+        held = self._held
+        return held.snapshot if held is not None and self._sure else None
+
     def commit(
-        self, seen: Snapshot, series: Series, change: str, changes: Sequence[Change]
+        self, seen: Snapshot, change: str, changes: Mapping[Series, Sequence[Change]]
     ) -> None:
         """Make changes that were decided by the version ``seen``; durable when it returns.
 
@@ -204,18 +220,28 @@ class CandleLog:
             held = self._held
             if held is None or held.snapshot.version != seen.version:
                 raise WriteConflict(f"{self._uri}: another process wrote first")
+            # One that fails may have been made all the same.
+            self._sure = False
             held.table.create_write_transaction(
-                [action for part in changes for action in actions_of(series, part)],
+                [
+                    action
+                    for series, parts in changes.items()
+                    for part in parts
+                    for action in actions_of(series, part)
+                ],
                 "append",
                 SCHEMA,
                 list(PARTITIONS),
-                commit_properties=commit(change=change, series=str(series), by=SERVICE),
+                commit_properties=commit(
+                    change=change, series=", ".join(map(str, changes)), by=SERVICE
+                ),
                 post_commithook_properties=NO_HOOKS,
             )
             if self._storage_options is None:
                 log = Path(self._uri) / _LOG
                 sync(log / f"{seen.version + 1:020}.json")
                 sync(log)
+            self._newest()
 
     # -- upkeep -----------------------------------------------------------------------------
 
@@ -263,6 +289,7 @@ class CandleLog:
         if held is None:
             held = self._taken(self._open())
         self._held = held
+        self._sure = True
         return held
 
     def _followed(self, held: _Held) -> _Held | None:
@@ -327,6 +354,23 @@ def _check(table: DeltaTable, uri: str) -> None:
         raise CandleTableMismatch(
             f"{uri} is no table of candles of this version ({difference}); move it away"
         )
+
+
+def _drop_torn_entry(log_folder: Path) -> None:
+    """Remove the newest log entry where it was not written whole when the power failed: nobody was
+    told that it was made, and the library opens no table that ends with one."""
+    newest = max(log_folder.glob(f"{'[0-9]' * 20}.json"), default=None)
+    if newest is None:
+        return
+    try:
+        lines = newest.read_bytes().splitlines()
+        torn = not [json.loads(line) for line in lines]
+    except ValueError:
+        torn = True
+    if torn:
+        newest.unlink()
+        sync(log_folder)
+        log.warning("candle_log_entry_torn", path=str(newest))
 
 
 def _last_checkpoint(files: pyarrow.fs.FileSystem) -> int:

@@ -17,6 +17,7 @@ from typing import Final
 import pyarrow as pa
 import structlog
 
+from config import Settings
 from domain.entry import Entry
 from domain.series import Series
 from domain.time_range import RangeSet, TimeRange
@@ -28,19 +29,23 @@ from historical.candle_columns import (
     candles_of,
     entries_of,
     merged,
+    numbers,
     outside,
     table_of,
 )
 from historical.candle_files import Change, SealedFile
 from historical.candle_log import CandleLog, FileDamaged, Snapshot, WriteConflict
+from historical.columns import runs_of
 from historical.interfaces import CandleTableUnavailable
 from historical.sealed_days import bits_of, bits_within, ranges_of
 from storage.path_utility import day_of
 from target_management.delta_engine import DeltaEngine
+from target_management.place import patient
 
 _TRIES: Final = 5
 # What reading costs goes by the file; the running year gets one a day.
 _MOST_FILES: Final = 8
+_TIME: Final = ("timestamp",)
 # What rewriting a day costs goes by the rows of its file: a year of 1m is in one, of 1s in many.
 _FULL_ROWS: Final = 1_000_000
 
@@ -54,9 +59,10 @@ class CandleTable:
     day that it opens in. Sealing and unsealing are one commit for a year of a series each: a
     process that is killed leaves a day sealed or not, and nothing in between.
 
-    Several threads may use it; whoever calls sees to it that one process writes at a time. One that
-    writes all the same changes nothing behind another's back: its commit is refused, and decided
-    anew by what is there then.
+    Several threads may use it; whoever calls sees to it that one process writes at a time, and that
+    it says so first (``take_over``). One that writes all the same changes nothing behind another's
+    back: its commit is refused. What it unseals is then decided anew by what is there, and what it
+    seals is given up, since the documents that it has read may be others by now.
 
     Every method raises ``CandleTableUnavailable``, ``CandleTableMismatch`` or ``CandleTableError``.
     A data file that is gone or damaged fails nothing: its days count as not sealed.
@@ -75,20 +81,54 @@ class CandleTable:
         self._timeout_s = timeout_s
         self._writing = threading.Lock()
         self._damaged: set[str] = set()
+        # The version that this process wrote or saw last, and how often others had written since.
+        self._version = -1
+        self._others = 0
 
-    def prepare(self) -> None:
-        """Make the table if it is missing, and check its schema.
+    @classmethod
+    def from_settings(cls, settings: Settings) -> CandleTable:
+        """The table beside the documents that the settings name."""
+        options = settings.candles_options
+        return cls(
+            DeltaEngine(), settings.candles_path, None if options is None else patient(options)
+        )
+
+    def prepare(self) -> bool:
+        """Make the table if it is missing, and check its schema; whether it was missing.
 
         Raises:
             CandleTableMismatch: it has other columns; the message names the difference.
         """
-        self._log.prepare()
+        return self._log.prepare()
+
+    def take_over(self) -> None:
+        """Begin to write: what another process was about to commit is refused from now on."""
+        with self._one_writer():
+            for _ in range(_TRIES):
+                with suppress(WriteConflict):
+                    self._commit(self._seen(), "take_over", {})
+                    return
+        raise self._outrun()
 
     # -- reading ----------------------------------------------------------------------------
 
     def sealed(self, series: Series, within: TimeRange) -> list[TimeRange]:
         """The parts of ``within`` that lie in sealed days, ascending."""
         return list(self._ranges(self._chosen(series, within), within))
+
+    def stored(
+        self, series: Series, within: TimeRange
+    ) -> tuple[tuple[TimeRange, ...], tuple[TimeRange, ...]]:
+        """The parts of ``within`` that lie in sealed days, and the runs of periods in them that
+        have a candle."""
+        runs, read = RangeSet(), []
+        for year, file in self._chosen(series, within):
+            table = self._read(file, _TIME, None if _is_within(file, within) else within)
+            if table is not None:
+                read.append((year, file))
+                for run in runs_of(numbers(table, "timestamp"), series.interval):
+                    runs.add(run)
+        return tuple(self._ranges(read, within)), tuple(runs)
 
     def read(self, series: Series, wanted: TimeRange) -> SealedCandles:
         """The candles of the sealed days of a range, as columns."""
@@ -144,15 +184,40 @@ class CandleTable:
             self._damaged.add(file.path)
             return None
 
+    def known(self, series: Series, days: Iterable[date]) -> set[date]:
+        """Which of these days may be sealed, as far as can be told without a look: for who took
+        over, and writes alone."""
+        seen = self._log.known()
+        if seen is None:
+            return set(days)
+        sealed: dict[int, int] = {}
+        for year, files in seen.files_of(series).items():
+            for file in files:
+                sealed[year] = sealed.get(year, 0) | file.days
+        return {day for day in days if sealed.get(day.year, 0) & bits_of([day])}
+
     # -- writing ----------------------------------------------------------------------------
 
-    def seal(self, series: Series, days: Mapping[date, Sequence[Entry]]) -> None:
+    @property
+    def others(self) -> int:
+        """How often it was noticed that somebody else wrote."""
+        return self._others
+
+    def seal(
+        self,
+        series: Series,
+        days: Mapping[date, Sequence[Entry]],
+        *,
+        read_since: int | None = None,
+    ) -> None:
         """Seal days with just these entries, ascending, in place of what was sealed of them.
 
-        Durable when it returns; one commit, whatever the years.
+        Durable when it returns; one commit, whatever the years. ``read_since`` is what ``others``
+        was before the entries were read.
 
         Raises:
             InvalidRequest: an entry is of another series or day, or they do not ascend.
+            WriteConflict: somebody else wrote since the entries were read; nothing is sealed.
         """
         for day, entries in days.items():
             _check(series, day, entries)
@@ -170,7 +235,7 @@ class CandleTable:
                 found.append(self._replaced(series, year, touched, bits, entries))
             return found
 
-        self._write(series, "seal", changes)
+        self._write(series, "seal", changes, read_since=read_since)
 
     def unseal(self, series: Series, days: Iterable[date]) -> None:
         """Make days be read from documents; those that are not sealed change nothing.
@@ -200,6 +265,8 @@ class CandleTable:
         # Another process that writes all the same leaves the rest to the next time.
         with self._one_writer(), suppress(WriteConflict):
             self._log.tidy()
+            # The library's own commits are none of others.
+            self._version = self._log.snapshot().version
 
     def _merges(self, series: Series, seen: Snapshot) -> list[Change]:
         """Past years in as few files as may be; the running one in a few."""
@@ -237,21 +304,46 @@ class CandleTable:
         return Change(year, tuple(files), added)
 
     def _write(
-        self, series: Series, change: str, changes: Callable[[Snapshot], Sequence[Change]]
+        self,
+        series: Series,
+        change: str,
+        changes: Callable[[Snapshot], Sequence[Change]],
+        *,
+        read_since: int | None = None,
     ) -> None:
         """Commit what is decided by the newest version, again and again while others are faster."""
         with self._one_writer():
             for _ in range(_TRIES):
-                seen = self._log.snapshot()
+                seen = self._seen()
+                if read_since is not None and self._others != read_since:
+                    raise WriteConflict(
+                        f"{self._uri}: another process wrote since the documents of {series} were "
+                        f"read"
+                    )
                 decided = changes(seen)
                 if not decided:
                     return
-                try:
-                    self._log.commit(seen, series, change, decided)
-                except WriteConflict:
-                    continue
-                return
-        raise CandleTableUnavailable(
+                with suppress(WriteConflict):
+                    self._commit(seen, change, {series: decided})
+                    return
+        raise self._outrun()
+
+    def _seen(self) -> Snapshot:
+        """The newest version; notices where this process did not write it."""
+        snapshot = self._log.snapshot()
+        if snapshot.version != self._version:
+            self._version = snapshot.version
+            self._others += 1
+        return snapshot
+
+    def _commit(
+        self, seen: Snapshot, change: str, changes: Mapping[Series, Sequence[Change]]
+    ) -> None:
+        self._log.commit(seen, change, changes)
+        self._version = seen.version + 1
+
+    def _outrun(self) -> CandleTableUnavailable:
+        return CandleTableUnavailable(
             f"{self._uri}: another process wrote first {_TRIES} times in a row; let one service "
             f"collect into a root"
         )

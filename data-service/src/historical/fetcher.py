@@ -7,19 +7,21 @@ one only where the exchange does not offer it, no longer gives the range, or can
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from domain.candle import Candle
 from domain.clock import IClock
 from domain.gap import Gap, GapReason, joined
 from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import RangeSet, TimeRange
 from exchange_source.interfaces import ExchangeError, Priority
+from historical.columns import NOTHING, Candles, runs_of
 from historical.interfaces import ResolvedSeries
+from historical.reader import CandleReader
 from historical.resampling import resample
+from historical.sealed_store import SealedCandleStore
 from reconciliation.interfaces import IReconciler
 from storage.interfaces import IStorageManager
 
@@ -27,30 +29,57 @@ from storage.interfaces import IStorageManager
 PATIENCE_S: Final = 30.0
 # Candles of a shorter interval that one page is made of at most.
 MOST_SOURCE_PERIODS: Final = 50_000
+# Of what is settled, so many periods at most are read ahead of the pages that they are cut into,
+# and no more than can be read in such a time (real seconds).
+READ_AHEAD_PERIODS: Final = 20_000
+_READ_AHEAD_S: Final = 0.25
 # Of these a shorter interval may know more.
 _PERHAPS_RESAMPLED: Final = (GapReason.UNREACHABLE, GapReason.NOT_OFFERED)
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Closed candles of one range, ascending, what is missing, and where they came from.
+    """Closed candles of one range, what is missing, and where they came from.
 
-    ``error`` is why the exchange could not be asked for what is open, or None.
+    ``fetched`` are the runs of periods whose candle was asked from the exchange for this, all
+    others were stored before. ``error`` is why the exchange could not be asked for what is open, or
+    None.
     """
 
     range: TimeRange
-    candles: tuple[Candle, ...]
-    gaps: tuple[Gap, ...]
-    from_storage: int
-    from_exchange: int
-    error: ExchangeError | None
+    candles: Candles
+    gaps: tuple[Gap, ...] = ()
+    fetched: tuple[TimeRange, ...] = ()
+    error: ExchangeError | None = None
+
+    @property
+    def from_exchange(self) -> int:
+        return self.candles.count_within(self.fetched)
+
+    @property
+    def from_storage(self) -> int:
+        return len(self.candles) - self.from_exchange
+
+    def cut(self, reach: int) -> Iterator[Page]:
+        """Pages of ``reach`` ms each, ascending."""
+        gaps = iter(self.gaps)
+        gap = next(gaps, None)
+        for start in range(self.range.start, self.range.end, reach):
+            part = TimeRange(start, min(start + reach, self.range.end))
+            mine = []
+            while gap is not None and gap.range.start < part.end:
+                mine.append(Gap(gap.range.intersect(part), gap.reason))
+                if gap.range.end > part.end:
+                    break
+                gap = next(gaps, None)
+            yield Page(part, self.candles.within(part), tuple(mine), self.fetched, self.error)
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
     """What is stored of a range, why the rest is not, and which periods were just fetched."""
 
-    candles: tuple[Candle, ...]
+    candles: Candles
     gaps: tuple[Gap, ...]
     fetched: RangeSet
     error: ExchangeError | None = None
@@ -65,9 +94,10 @@ class HistoricalFetcher:
         reconciler: IReconciler,
         clock: IClock,
         *,
+        sealed: SealedCandleStore | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        self._storage = storage
+        self._reader = CandleReader(storage, sealed)
         self._reconciler = reconciler
         self._clock = clock
         self._patience_s = patience_s
@@ -95,7 +125,7 @@ class HistoricalFetcher:
         """
         wanted = self.closed_part(resolved, wanted)
         if not wanted:
-            return Page(wanted, (), (), 0, 0, None)
+            return Page(wanted, NOTHING)
         if resolved.offered:
             found = await self._read(resolved.series, resolved.market, wanted)
             for source in resolved.sources:
@@ -109,15 +139,7 @@ class HistoricalFetcher:
                 source=source,
                 target=resolved.series.interval,
             )
-        from_exchange = sum(candle.timestamp in found.fetched for candle in found.candles)
-        return Page(
-            range=wanted,
-            candles=found.candles,
-            gaps=found.gaps,
-            from_storage=len(found.candles) - from_exchange,
-            from_exchange=from_exchange,
-            error=found.error,
-        )
+        return Page(wanted, found.candles, found.gaps, tuple(found.fetched), found.error)
 
     async def _read(self, series: Series, market: str, wanted: TimeRange) -> _Read:
         """The series' own candles: what is stored, after the exchange was asked for the rest."""
@@ -146,30 +168,21 @@ class HistoricalFetcher:
         fetched: RangeSet,
         error: ExchangeError | None = None,
     ) -> _Read:
-        entries = await self._storage.get_raw_data_range(
-            series.exchange,
-            series.coin,
-            wanted.start,
-            wanted.end,
-            interval=series.interval.name,
-        )
+        candles = await self._reader.read(series, wanted)
         # Another job or process may have stored since gaps were looked for: what was read is none.
-        step = series.interval.milliseconds
-        read = {entry.timestamp for entry in entries}
-        left = joined(
-            Gap(TimeRange(period, period + step), gap.reason)
-            for gap in gaps
-            for period in range(gap.range.start, gap.range.end, step)
-            if period not in read
-        )
-        return _Read(tuple(entry.candle for entry in entries), left, fetched, error)
+        left = []
+        for gap in gaps:
+            inside = candles.within(gap.range).timestamp
+            read = RangeSet(runs_of(inside, series.interval))
+            left += [Gap(part, gap.reason) for part in read.missing(gap.range)]
+        return _Read(candles, joined(left), fetched, error)
 
     async def _completed(self, resolved: ResolvedSeries, found: _Read, source: Interval) -> _Read:
         """``found`` with what is stored of a shorter interval in the place of what the exchange
         does not give any more, or cannot be asked for."""
         shorter = replace(resolved.series, interval=source)
         view = self._reconciler.view(shorter, resolved.market)
-        candles, gaps = list(found.candles), []
+        parts, gaps = [found.candles], []
         for gap in found.gaps:
             if gap.reason not in _PERHAPS_RESAMPLED or not view.stored_ranges(gap.range):
                 gaps.append(gap)
@@ -182,24 +195,20 @@ class HistoricalFetcher:
                 source=source,
                 target=resolved.series.interval,
             )
-            candles += made.candles
+            parts.append(made.candles)
             # What the shorter one does not know either stays what it was.
             gaps += [
                 left if left.reason is GapReason.NO_TRADES else Gap(left.range, gap.reason)
                 for left in made.gaps
             ]
-        candles.sort(key=lambda candle: candle.timestamp)
-        return _Read(tuple(candles), joined(gaps), found.fetched, found.error)
+        return _Read(Candles.joined(parts), joined(gaps), found.fetched, found.error)
 
     @staticmethod
     def _resampled(read: _Read, wanted: TimeRange, *, source: Interval, target: Interval) -> _Read:
         made = resample(read.candles, read.gaps, wanted, source=source, target=target)
+        # One that a single fetched candle is part of is of the exchange.
         fetched = RangeSet(
-            TimeRange(candle.timestamp, candle.timestamp + 1)
-            for candle in made.candles
-            if read.fetched.within(
-                TimeRange(candle.timestamp, candle.timestamp + target.milliseconds)
-            )
+            TimeRange(target.floor(run.start), target.ceil(run.end)) for run in read.fetched
         )
         return _Read(made.candles, made.gaps, fetched, read.error)
 
@@ -210,5 +219,23 @@ class HistoricalFetcher:
         wanted = self.closed_part(resolved, wanted)
         periods = min(periods, self.most_periods(resolved) or periods)
         reach = periods * resolved.series.interval.milliseconds
-        for start in range(wanted.start, wanted.end, reach):
-            yield await self.fetch_data(resolved, TimeRange(start, min(start + reach, wanted.end)))
+        ahead, at = 1, wanted.start
+        while at < wanted.end:
+            window = TimeRange(at, min(at + ahead * reach, wanted.end))
+            if ahead > 1 and not await self._is_settled(resolved, window):
+                # What the exchange has to be asked for is sent as it comes.
+                window = TimeRange(at, min(at + reach, wanted.end))
+            began = self._clock.monotonic()
+            page = await self.fetch_data(resolved, window)
+            quick = self._clock.monotonic() - began < _READ_AHEAD_S
+            at = window.end
+            for part in page.cut(reach):
+                yield part
+            if resolved.offered:
+                most = max(1, READ_AHEAD_PERIODS // periods)
+                ahead = min(2 * ahead, most) if quick else max(1, ahead // 2)
+
+    async def _is_settled(self, resolved: ResolvedSeries, wanted: TimeRange) -> bool:
+        view = self._reconciler.view(resolved.series, resolved.market)
+        await view.load(wanted)
+        return view.is_settled(wanted)

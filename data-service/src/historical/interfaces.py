@@ -13,6 +13,7 @@ from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
 from errors import DataServiceError
+from historical.columns import Candles
 
 
 class CandleTableError(DataServiceError):
@@ -77,7 +78,7 @@ class ISeriesDirectory(ABC):
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Closed candles of a range, ascending, and what is missing from it.
+    """Closed candles of a range, and what is missing from it.
 
     ``from_storage`` and ``from_exchange`` count the candles by where they were found;
     ``next_start`` is where the next page starts, or None.
@@ -86,7 +87,7 @@ class History:
     series: Series
     market: str | None
     range: TimeRange
-    candles: tuple[Candle, ...]
+    candles: Candles
     gaps: tuple[Gap, ...]
     from_storage: int
     from_exchange: int
@@ -149,7 +150,7 @@ class Summary:
     vwap: float | None
     volatility: float | None
     max_drawdown_percent: float
-    candles: tuple[Candle, ...]
+    candles: Candles
     candle_periods: int
     gaps: tuple[Gap, ...]
 

@@ -12,6 +12,7 @@ from domain.series import Series
 from domain.time_range import TimeRange
 from errors import InvalidRequest, NoData
 from exchange_source.interfaces import ExchangeError
+from historical.columns import Candles
 from historical.current_fetcher import CurrentDataFetcher
 from historical.fetcher import HistoricalFetcher, Page
 from historical.interfaces import (
@@ -24,10 +25,11 @@ from historical.interfaces import (
     ResolvedSeries,
     Summary,
 )
-from historical.messages import candle_row, gap_out
+from historical.messages import gap_out
 from historical.summary import (
     max_drawdown_percent,
     thinned,
+    total,
     typical_price_vwap,
     volatility,
 )
@@ -97,7 +99,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
             series=resolved.series,
             market=resolved.market,
             range=wanted,
-            candles=tuple(candle for page in pages for candle in page.candles),
+            candles=Candles.joined([page.candles for page in pages]),
             gaps=joined(gap for page in pages for gap in page.gaps),
             from_storage=sum(page.from_storage for page in pages),
             from_exchange=sum(page.from_exchange for page in pages),
@@ -124,9 +126,10 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
         gaps: list[Gap] = []
         unanswered: ExchangeError | None = None
         async for page in self._fetcher.pages(resolved, wanted, periods=chunk_size):
-            gaps += page.gaps
+            # Joined as they come: of ten years without a candle one is left.
+            gaps[-1:] = joined([*gaps[-1:], *page.gaps])
             unanswered = page.error or unanswered
-            if not page.candles:
+            if not len(page.candles):
                 continue
             await websocket.send_json(
                 {
@@ -138,7 +141,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
                     "market": resolved.market,
                     "interval": series.interval.name,
                     "columns": HISTORY_COLUMNS,
-                    "rows": [candle_row(candle) for candle in page.candles],
+                    "rows": page.candles.rows(),
                 }
             )
             chunks += 1
@@ -153,7 +156,7 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
                 **answers,
                 "count": count,
                 "chunks": chunks,
-                "gaps": [gap_out(gap, series.interval) for gap in joined(gaps)],
+                "gaps": [gap_out(gap, series.interval) for gap in gaps],
                 "sources": {"storage": from_storage, "exchange": from_exchange},
             }
         )
@@ -209,8 +212,8 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
         error = _error_of_none(pages)
         if error is not None:
             raise error
-        candles = [candle for page in pages for candle in page.candles]
-        if not candles:
+        candles = Candles.joined([page.candles for page in pages])
+        if not len(candles):
             raise NoData(
                 f"there is no candle of {resolved.series} between {start} and {end}; "
                 f"get_coverage says what is stored"
@@ -224,10 +227,10 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
             count=len(candles),
             first=first,
             last=last,
-            high=max(candle.high for candle in candles),
-            low=min(candle.low for candle in candles),
+            high=float(candles.high.max()),
+            low=float(candles.low.min()),
             change_percent=(last.close / first.open - 1) * 100,
-            volume=sum(candle.volume for candle in candles),
+            volume=total(candles.volume),
             vwap=typical_price_vwap(candles),
             volatility=volatility(candles),
             max_drawdown_percent=max_drawdown_percent(candles),
@@ -291,6 +294,6 @@ def _check_kept(resolved: ResolvedSeries) -> None:
 
 def _error_of_none(pages: list[Page]) -> ExchangeError | None:
     """Why the exchange could not be asked, where there is not a single candle."""
-    if any(page.candles for page in pages):
+    if any(len(page.candles) for page in pages):
         return None
     return next((page.error for page in pages if page.error is not None), None)

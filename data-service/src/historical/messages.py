@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from domain.candle import Candle
 from domain.gap import Gap
 from domain.interval import Interval
-
-
-def candle_row(candle: Candle) -> list[float]:
-    """A candle in the order of ``models.HISTORY_COLUMNS``."""
-    return [
-        candle.timestamp,
-        candle.open,
-        candle.high,
-        candle.low,
-        candle.close,
-        candle.volume,
-    ]
 
 
 def gap_out(gap: Gap, interval: Interval) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from domain.candle import Candle
+import numpy as np
+
 from domain.gap import Gap, GapReason, joined
 from domain.interval import Interval
 from domain.time_range import TimeRange
+from historical.columns import NOTHING, Candles, Numbers
 
 # What a bucket is called that lacks periods for several reasons: what may still mend comes first.
 _WEIGHT: Final = (GapReason.UNREACHABLE, GapReason.PENDING, GapReason.NOT_OFFERED)
@@ -24,9 +26,9 @@ _WEIGHT: Final = (GapReason.UNREACHABLE, GapReason.PENDING, GapReason.NOT_OFFERE
 
 @dataclass(frozen=True, slots=True)
 class Resampled:
-    """Candles of the longer interval, ascending, and the buckets that have none."""
+    """Candles of the longer interval, and the buckets that have none."""
 
-    candles: tuple[Candle, ...]
+    candles: Candles
     gaps: tuple[Gap, ...]
 
 
@@ -39,20 +41,30 @@ def can_resample(source: Interval, target: Interval) -> bool:
     )
 
 
-def aggregate(candles: Sequence[Candle], timestamp: int) -> Candle:
-    """One candle over several ascending ones, opening at ``timestamp``."""
-    return Candle(
-        timestamp=timestamp,
-        open=candles[0].open,
-        high=max(candle.high for candle in candles),
-        low=min(candle.low for candle in candles),
-        close=candles[-1].close,
-        volume=math.fsum(candle.volume for candle in candles),
+def aggregated(candles: Candles, firsts: Numbers, opens: Numbers) -> Candles:
+    """One candle over each group of neighbours.
+
+    ``firsts`` are where the groups begin, ascending from 0, each of at least one candle; ``opens``
+    are the times that the new candles open at.
+    """
+    if not len(firsts):
+        return NOTHING
+    ends = np.append(firsts[1:], len(candles))
+    # Exact sums, rounded once: how a range was read and cut does not show in them.
+    volumes = candles.volume.tolist()
+    sums = [math.fsum(volumes[first:end]) for first, end in zip(firsts, ends, strict=True)]
+    return Candles(
+        opens,
+        candles.open[firsts],
+        np.maximum.reduceat(candles.high, firsts),
+        np.minimum.reduceat(candles.low, firsts),
+        candles.close[ends - 1],
+        np.array(sums, dtype=np.float64),
     )
 
 
 def resample(
-    candles: Sequence[Candle],
+    candles: Candles,
     gaps: Sequence[Gap],
     wanted: TimeRange,
     *,
@@ -71,22 +83,23 @@ def resample(
         raise ValueError(f"{target} is no multiple of {source}")
     if not (target.is_aligned(wanted.start) and target.is_aligned(wanted.end)):
         raise ValueError(f"{wanted} cuts a period of {target}")
-    found: list[Candle] = []
+    opens = np.arange(wanted.start, wanted.end, target.milliseconds, dtype=np.int64)
+    edges = np.searchsorted(candles.timestamp, np.append(opens, wanted.end))
+    counts = np.diff(edges)
+    has_candle = np.zeros(len(opens), dtype=np.bool_)
     left_out: list[Gap] = []
-    at = 0
     open_gaps = _Walk(gaps)
-    for start in range(wanted.start, wanted.end, target.milliseconds):
+    for at, (start, count) in enumerate(zip(opens.tolist(), counts.tolist(), strict=True)):
         bucket = TimeRange(start, start + target.milliseconds)
-        first = at
-        while at < len(candles) and candles[at].timestamp < bucket.end:
-            at += 1
-        inside = candles[first:at]
-        reason = _reason(bucket, len(inside), list(open_gaps.within(bucket)), source)
+        reason = _reason(bucket, count, list(open_gaps.within(bucket)), source)
         if reason is None:
-            found.append(aggregate(inside, start))
+            has_candle[at] = True
         else:
             left_out.append(Gap(bucket, reason))
-    return Resampled(tuple(found), joined(left_out))
+    used = candles[edges[0] : edges[-1]][np.repeat(has_candle, counts)]
+    sizes = counts[has_candle]
+    made = aggregated(used, np.cumsum(sizes) - sizes, opens[has_candle])
+    return Resampled(made, joined(left_out))
 
 
 class _Walk:
@@ -100,7 +113,8 @@ class _Walk:
         """What of the gaps lies in ``part``."""
         while self._at < len(self._gaps) and self._gaps[self._at].range.end <= part.start:
             self._at += 1
-        for gap in self._gaps[self._at :]:
+        for at in range(self._at, len(self._gaps)):
+            gap = self._gaps[at]
             if gap.range.start >= part.end:
                 return
             yield Gap(gap.range.intersect(part), gap.reason)

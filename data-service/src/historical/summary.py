@@ -1,57 +1,57 @@
-"""A range of candles in a few numbers: pure functions."""
+"""A range of candles in a few numbers: pure functions of its columns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
-from statistics import stdev
 
-from domain.candle import Candle
-from historical.resampling import aggregate
+import numpy as np
+
+from historical.columns import NOTHING, Candles, Prices
+from historical.resampling import aggregated
 
 
-def thinned(candles: Sequence[Candle], step: int, most: int) -> tuple[tuple[Candle, ...], int]:
+def thinned(candles: Candles, step: int, most: int) -> tuple[Candles, int]:
     """At most ``most`` candles over equal spans of time, and how many periods each spans.
 
     ``step`` is the length of a period in ms; spans are counted from the first candle, and one
     without a candle gives none.
     """
-    if not candles:
-        return (), 1
-    first = candles[0].timestamp
-    periods = (candles[-1].timestamp - first) // step + 1
+    if not len(candles):
+        return NOTHING, 1
+    first = int(candles.timestamp[0])
+    periods = (int(candles.timestamp[-1]) - first) // step + 1
     span = math.ceil(periods / most)
-    groups: dict[int, list[Candle]] = {}
-    for candle in candles:
-        groups.setdefault((candle.timestamp - first) // (span * step), []).append(candle)
-    return (
-        tuple(aggregate(group, first + index * span * step) for index, group in groups.items()),
-        span,
-    )
+    spans, firsts = np.unique((candles.timestamp - first) // (span * step), return_index=True)
+    return aggregated(candles, firsts, first + spans * span * step), span
 
 
-def typical_price_vwap(candles: Sequence[Candle]) -> float | None:
+def typical_price_vwap(candles: Candles) -> float | None:
     """Volume-weighted mean of ``(high + low + close) / 3``; None without volume.
 
     Approximate: the true VWAP needs the trades.
     """
-    volume = math.fsum(candle.volume for candle in candles)
+    volume = total(candles.volume)
     if volume == 0:
         return None
-    return math.fsum((c.high + c.low + c.close) / 3 * c.volume for c in candles) / volume
+    typical = (candles.high + candles.low + candles.close) / 3
+    return total(typical * candles.volume) / volume
 
 
-def volatility(candles: Sequence[Candle]) -> float | None:
+def volatility(candles: Candles) -> float | None:
     """Sample standard deviation of the logarithmic returns between closes, per period."""
-    returns = [math.log(after.close / before.close) for before, after in pairwise(candles)]
-    return stdev(returns) if len(returns) > 1 else None
+    if len(candles) < 3:
+        return None
+    return float(np.std(np.diff(np.log(candles.close)), ddof=1))
 
 
-def max_drawdown_percent(candles: Sequence[Candle]) -> float:
+def max_drawdown_percent(candles: Candles) -> float:
     """The deepest fall of a close below an earlier close, in percent (0 or more)."""
-    peak, deepest = 0.0, 0.0
-    for candle in candles:
-        peak = max(peak, candle.close)
-        deepest = max(deepest, (peak - candle.close) / peak)
-    return deepest * 100
+    if not len(candles):
+        return 0.0
+    peaks = np.maximum.accumulate(candles.close)
+    return float(np.max((peaks - candles.close) / peaks)) * 100
+
+
+def total(values: Prices) -> float:
+    """The exact sum, rounded once, so that it does not depend on how a range was read."""
+    return math.fsum(values.tolist())

@@ -104,6 +104,11 @@ class ISeriesView(ABC):
         loaded is known: load ``within`` first."""
 
     @abstractmethod
+    def is_settled(self, within: TimeRange) -> bool:
+        """Whether settling the closed periods of ``within`` would ask the exchange for nothing
+        now. Only what was loaded is known."""
+
+    @abstractmethod
     def next_look_at(self) -> int | None:
         """When (market ms) the next second look at a period is due; None when none is owed."""
 

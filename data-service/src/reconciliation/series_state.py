@@ -121,7 +121,7 @@ class SeriesState(ISeriesView):
         wanted = self._whole_periods(wanted)
         async with self._load_lock:
             for part, _ in self._listed.within(wanted):
-                await self._list(part)
+                await self._list(part, from_documents=True)
 
     def stored_ranges(self, within: TimeRange) -> list[TimeRange]:
         return self._stored.within(within)
@@ -162,6 +162,9 @@ class SeriesState(ISeriesView):
                         Gap(item, GapReason.PENDING) for item in self._unreachable.missing(newer)
                     ]
         return sorted(found, key=lambda gap: gap.range)
+
+    def is_settled(self, within: TimeRange) -> bool:
+        return not self._work(self.closed_part(within), self._asks)
 
     def now_ms(self) -> int:
         """Market time."""
@@ -319,7 +322,7 @@ class SeriesState(ISeriesView):
         interval = self._series.interval
         return TimeRange(interval.floor(wanted.start), interval.ceil(wanted.end))
 
-    async def _list(self, part: TimeRange) -> None:
+    async def _list(self, part: TimeRange, *, from_documents: bool = False) -> None:
         """Learn what storage holds of ``part``; the load lock is held."""
         self._stored_meanwhile = RangeSet()
         now = self._clock.now_ms()
@@ -329,6 +332,7 @@ class SeriesState(ISeriesView):
             part.start,
             part.end,
             interval=self._series.interval.name,
+            from_documents=from_documents,
         )
         # A listing may or may not show what was stored while it was made.
         held = RangeSet((*runs, *self._stored_meanwhile.within(part)))

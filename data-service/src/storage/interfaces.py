@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from enum import StrEnum
 from typing import Any
 
 from domain.entry import Entry
 from domain.interval import DEFAULT_INTERVAL
+from domain.series import Series
 from domain.time_range import TimeRange
 from errors import DataServiceError
 from storage.documents import read_json
@@ -259,6 +261,11 @@ class IRawDataStorage(ABC):
         """The opens (ms) of the documents of a range, from names alone, ascending."""
 
     @abstractmethod
+    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, set[date]]:
+        """The UTC days that have documents, by interval, from names alone. Lists all of the coin's
+        names: for what happens now and then."""
+
+    @abstractmethod
     async def read_blob(self, path: str) -> bytes | None:
         """The bytes at ``path`` (relative to the root, ``/`` between names), or None."""
 
@@ -336,6 +343,41 @@ class IStorageListener(ABC):
         it held then, turned out to be a correction."""
 
 
+@dataclass(frozen=True, slots=True)
+class SealedPeriods:
+    """What is known of a range without listing documents.
+
+    ``known`` are the parts of it that this speaks for, ``stored`` the runs of periods in them that
+    have an entry; both ascend.
+    """
+
+    known: tuple[TimeRange, ...] = ()
+    stored: tuple[TimeRange, ...] = ()
+
+
+class ISealedDays(ABC):
+    """Keeps copies of the documents of closed UTC days, sealed, which are read instead of them.
+
+    A day is sealed while its copy has just what its documents have; who writes a document unseals
+    its day first.
+    """
+
+    @abstractmethod
+    def changing(
+        self, series: Series, timestamps: Iterable[int]
+    ) -> AbstractAsyncContextManager[None]:
+        """Entered before documents of these periods (ms) are written, left once they are or could
+        not be. Inside, none of their days is sealed, durably, nor will be.
+
+        Raises:
+            StorageUnavailable: a day cannot be unsealed for now; nothing may be written.
+        """
+
+    @abstractmethod
+    async def periods(self, series: Series, within: TimeRange) -> SealedPeriods:
+        """What the sealed days of a range say of it; nothing where they cannot be read."""
+
+
 class IStorageManager(ABC):
     """Validated entries: decides what may replace what.
 
@@ -381,6 +423,19 @@ class IStorageManager(ABC):
         """Entries of ``[start_time, end_time)``, ascending."""
 
     @abstractmethod
+    async def get_waiting(
+        self,
+        exchange_name: str,
+        coin_symbol: str,
+        start_time: Timestamp,
+        end_time: Timestamp,
+        *,
+        interval: str = DEFAULT_INTERVAL,
+    ) -> list[Entry]:
+        """Those of a range that wait in the spool and are no documents yet, ascending; each
+        replaces the document of its period."""
+
+    @abstractmethod
     async def get_latest_entry(
         self, exchange_name: str, coin_symbol: str, *, interval: str = DEFAULT_INTERVAL
     ) -> Entry | None:
@@ -403,8 +458,12 @@ class IStorageManager(ABC):
         end_time: Timestamp,
         *,
         interval: str = DEFAULT_INTERVAL,
+        from_documents: bool = False,
     ) -> list[TimeRange]:
-        """Runs of periods that have an entry, ascending, found without reading documents."""
+        """Runs of periods that have an entry, ascending, found without reading documents.
+
+        Those of sealed days are taken from there, unless the documents themselves are asked for.
+        """
 
     @abstractmethod
     async def read_record(self, path: str) -> bytes | None:

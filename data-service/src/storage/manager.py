@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -26,9 +27,11 @@ from storage.interfaces import (
     Held,
     ICollectorLock,
     IRawDataStorage,
+    ISealedDays,
     IStorageListener,
     IStorageManager,
     NotTheCollector,
+    SealedPeriods,
     StaleVersion,
     StorageConflict,
     StorageError,
@@ -69,7 +72,8 @@ class StorageManagerImpl(IStorageManager):
 
     Writes expect just what was read before them; where another process wrote meanwhile, the batch
     is decided anew. With a ``lock``, entries go to the backend only while it is held: before it is
-    taken again they wait in the spool.
+    taken again they wait in the spool. With ``sealed``, the days of what is written are unsealed
+    first.
 
     ``run`` is owned by the lifespan; it empties the spool. Without a spool, entries are refused
     while the backend is away.
@@ -81,12 +85,14 @@ class StorageManagerImpl(IStorageManager):
         *,
         spool: Spool | None = None,
         lock: ICollectorLock | None = None,
+        sealed: ISealedDays | None = None,
         clock: IClock | None = None,
         most_markets_remembered: int = 10_000,
     ) -> None:
         self._storage = storage
         self._spool = spool
         self._lock = lock
+        self._sealed = sealed
         self._clock = clock if clock is not None else MarketClock()
         self._most_markets_remembered = most_markets_remembered
         self._series_locks: WeakValueDictionary[Series, asyncio.Lock] = WeakValueDictionary()
@@ -197,6 +203,19 @@ class StorageManagerImpl(IStorageManager):
         ascending = [merged[timestamp] for timestamp in sorted(merged)]
         return ascending[offset : None if limit is None else offset + limit]
 
+    async def get_waiting(
+        self,
+        exchange_name: str,
+        coin_symbol: str,
+        start_time: Timestamp,
+        end_time: Timestamp,
+        *,
+        interval: str = DEFAULT_INTERVAL,
+    ) -> list[Entry]:
+        series = Series(exchange_name, coin_symbol, Interval.parse(interval))
+        spooled = await self._spooled(series, to_range(start_time, end_time))
+        return [spooled[timestamp] for timestamp in sorted(spooled)]
+
     async def get_latest_entry(
         self, exchange_name: str, coin_symbol: str, *, interval: str = DEFAULT_INTERVAL
     ) -> Entry | None:
@@ -230,24 +249,25 @@ class StorageManagerImpl(IStorageManager):
         end_time: Timestamp,
         *,
         interval: str = DEFAULT_INTERVAL,
+        from_documents: bool = False,
     ) -> list[TimeRange]:
         series = Series(exchange_name, coin_symbol, Interval.parse(interval))
-        spooled = (
-            self._spool.timestamps(series, to_range(start_time, end_time))
-            if self._spool is not None
-            else []
-        )
-        timestamps = await self._storage.list_timestamps(
-            exchange_name, coin_symbol, start_time, end_time, interval=interval
-        )
+        wanted = to_range(start_time, end_time)
         length = series.interval.milliseconds
-        return list(
-            RangeSet(
-                TimeRange(timestamp, timestamp + length)
-                for timestamp in sorted({*timestamps, *spooled})
-                if series.interval.is_aligned(timestamp)
-            )
+        spooled = self._spool.timestamps(series, wanted) if self._spool is not None else []
+        sealed = SealedPeriods()
+        if self._sealed is not None and not from_documents:
+            sealed = await self._sealed.periods(series, wanted)
+        found = RangeSet(
+            (*sealed.stored, *(TimeRange(timestamp, timestamp + length) for timestamp in spooled))
         )
+        for part in RangeSet(sealed.known).missing(wanted):
+            for timestamp in await self._storage.list_timestamps(
+                exchange_name, coin_symbol, part.start, part.end, interval=interval
+            ):
+                if series.interval.is_aligned(timestamp):
+                    found.add(TimeRange(timestamp, timestamp + length))
+        return list(found)
 
     # -- records and health -----------------------------------------------------------------
 
@@ -313,17 +333,18 @@ class StorageManagerImpl(IStorageManager):
             ]
             try:
                 if changed:
-                    await self._storage.save_entries(
-                        series.exchange,
-                        series.coin,
-                        [(entry.timestamp, entry.to_document()) for entry in changed],
-                        interval=series.interval.name,
-                        expected={
-                            entry.timestamp: held[entry.timestamp].version
-                            for entry in changed
-                            if entry.timestamp in held
-                        },
-                    )
+                    async with self._unsealed(series, changed):
+                        await self._storage.save_entries(
+                            series.exchange,
+                            series.coin,
+                            [(entry.timestamp, entry.to_document()) for entry in changed],
+                            interval=series.interval.name,
+                            expected={
+                                entry.timestamp: held[entry.timestamp].version
+                                for entry in changed
+                                if entry.timestamp in held
+                            },
+                        )
             except StaleVersion:
                 continue
             self._remember(series, entries[0].market, answers)
@@ -332,6 +353,13 @@ class StorageManagerImpl(IStorageManager):
             f"{self._storage.address}: others wrote {series} first {WRITE_TRIES} times in a row; "
             f"let one service collect into a root"
         )
+
+    def _unsealed(
+        self, series: Series, entries: Sequence[Entry]
+    ) -> AbstractAsyncContextManager[None]:
+        if self._sealed is None:
+            return nullcontext()
+        return self._sealed.changing(series, [entry.timestamp for entry in entries])
 
     async def _held(self, series: Series, entries: Sequence[Entry]) -> dict[int, Held]:
         return await self._storage.get_entries(

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
-from domain.interval import DEFAULT_INTERVAL, Interval
+from domain.interval import DEFAULT_INTERVAL, KNOWN_INTERVALS, Interval
 from domain.time_range import TimeRange
 from errors import InvalidRequest
 from storage.interfaces import Timestamp
@@ -142,6 +142,19 @@ class StoragePathUtility:
             and name[:8] == digits
             and (of_day := _time_of_day(name[8:_DIGITS])) is not None
         ]
+
+    @staticmethod
+    def intervals_of(file_names: Iterable[str], day: date) -> set[str]:
+        """The intervals of the documents among names in the folder of ``day``."""
+        by_ending: dict[str, list[str]] = {}
+        for name in file_names:
+            by_ending.setdefault(name[_DIGITS:], []).append(name)
+        return {
+            interval
+            for interval in KNOWN_INTERVALS
+            if (names := by_ending.get(StoragePathUtility.file_ending(interval)))
+            and StoragePathUtility.times_of(names, day, StoragePathUtility.file_ending(interval))
+        }
 
     @staticmethod
     def numbers_of(

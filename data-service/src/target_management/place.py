@@ -63,7 +63,12 @@ def check_place(
             "AZURE_STORAGE_OPTIONS: takes a JSON object with the credentials, such as "
             '{"account_name": "...", "account_key": "..."}, when TARGET_STORAGE_TYPE is azure'
         )
-    return table_path.rstrip("/"), _PATIENCE | _checked(storage_options, address.netloc)
+    return table_path.rstrip("/"), patient(_checked(storage_options, address.netloc))
+
+
+def patient(storage_options: Mapping[str, str]) -> dict[str, str]:
+    """Options with a patience that fits the service's, where they name none of their own."""
+    return {**_PATIENCE, **storage_options}
 
 
 def _checked(storage_options: Mapping[str, str], netloc: str) -> dict[str, str]:

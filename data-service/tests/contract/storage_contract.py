@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any, ClassVar
 
 import orjson
@@ -226,6 +226,26 @@ class RawDataStorageContract:
         assert await self.times(storage, stored[1] + 1, stored[-2] + 1) == stored[2:-1]
         listed = await storage.list_timestamps("crypto.com", "BTC", stored[3], stored[9])
         assert listed == stored[3:9]
+
+    async def test_the_days_that_have_documents_are_listed_by_interval(
+        self, storage: IRawDataStorage
+    ) -> None:
+        first, last = at("2025-12-31T23:55"), at("2026-02-28T00:00")
+        await self.save(storage, first, last, last + 3 * FIVE_MINUTES)
+        await self.save(storage, last, interval="1h")
+        # Neither another day's name nor a foreign one makes it a day of documents.
+        await self.raw_write(storage, "raw_data/crypto.com/BTC/2026/03/01/notes.json", b"{}")
+        await self.raw_write(
+            storage, "raw_data/crypto.com/BTC/2026/03/02/20260301000000.json", b"{}"
+        )
+        await self.raw_write(
+            storage, "raw_data/crypto.com/BTC/2026/02/31/20260231000000.json", b"{}"
+        )
+        assert await storage.list_days("crypto.com", "BTC") == {
+            "5m": {date(2025, 12, 31), date(2026, 2, 28)},
+            "1h": {date(2026, 2, 28)},
+        }
+        assert await storage.list_days("crypto.com", "ETH") == {}
 
     async def test_intervals_lie_side_by_side(self, storage: IRawDataStorage) -> None:
         midnight = at("2026-11-23T00:00")

@@ -74,7 +74,7 @@ def test_days_are_sealed_unsealed_and_read_bit_for_bit(
     entries = days[day(1)]
     wanted = TimeRange(entries[7].timestamp, entries[100].timestamp)
     candles = table.read(BTC, wanted)
-    assert candles.close.tolist() == [entry.candle.close for entry in entries[7:100]]
+    assert candles.candles.close.tolist() == [entry.candle.close for entry in entries[7:100]]
     assert candles.ranges == (wanted,)
 
 

@@ -43,6 +43,7 @@ from domain.order_book import OrderBook
 from domain.series import Series
 from domain.time_range import RangeSet, TimeRange
 from errors import CoinNotAvailable, DataServiceError, InvalidRequest, NoData, UnknownExchange
+from historical.columns import Candles
 from historical.interfaces import (
     Coverage,
     CurrentData,
@@ -328,7 +329,7 @@ class FakeHistory(IHistoricalDataManager):
             series=series,
             market=f"{series.coin}/USD",
             range=TimeRange(start, end),
-            candles=tuple(entry.candle for entry in page),
+            candles=Candles.of(entry.candle for entry in page),
             gaps=self._gaps(series, start, end if more is None else more),
             from_storage=len(page),
             from_exchange=0,
@@ -431,7 +432,7 @@ class FakeHistory(IHistoricalDataManager):
             vwap=100.5,
             volatility=None,
             max_drawdown_percent=0.0,
-            candles=tuple(candles[:50]),
+            candles=Candles.of(candles[:50]),
             candle_periods=1,
             gaps=self._gaps(series, start, end),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Mapping, Sequence
+from datetime import date
 from itertools import count
 from typing import Any
 
@@ -25,6 +26,7 @@ from storage.path_utility import (
     RAW_DATA,
     RawDataPath,
     StoragePathUtility,
+    day_of,
     to_milliseconds,
     to_range,
 )
@@ -218,6 +220,17 @@ class InMemoryStorage(IRawDataStorage):
         return [
             time for time in sorted(paths) if time in wanted and paths[time] not in self._unreadable
         ]
+
+    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, set[date]]:
+        self.check()
+        found: dict[str, set[date]] = {}
+        for path in self.blobs:
+            parsed = StoragePathUtility.parse_raw_data_path(path)
+            if parsed is not None and (parsed.exchange, parsed.coin) == (
+                exchange_name, coin_symbol,
+            ):  # fmt: skip
+                found.setdefault(parsed.interval, set()).add(day_of(parsed.timestamp))
+        return found
 
     async def read_blob(self, path: str) -> bytes | None:
         StoragePathUtility.check_blob_path(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import date
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ MOST_DAYS_AHEAD: Final = 64
 # Ranges of more days are walked by years and months: most of their days may hold nothing.
 _MOST_DAYS_UNWALKED: Final = 62
 _DECEMBER: Final = 12
+_LAST_YEAR: Final = 9999
 
 Named = list[tuple[int, str]]
 """Times (ms) and paths of documents, in an order."""
@@ -98,6 +99,21 @@ class AzureListing:
                         continue
                     if first <= day <= last:
                         yield day
+
+    async def day_folders(self, coin_path: str) -> AsyncGenerator[tuple[date, list[str]], None]:
+        """The days that have blobs, with the names of theirs, a month at a time, ascending."""
+        for year in await self._numbers(coin_path, 4, 1, _LAST_YEAR, newest_first=False):
+            year_path = f"{coin_path}/{year:04d}"
+            for month in await self._numbers(year_path, 2, 1, _DECEMBER, newest_first=False):
+                prefix = f"{year_path}/{month:02d}/"
+                folders: dict[str, list[str]] = {}
+                for path in await self.names(prefix):
+                    folder, slash, name = path[len(prefix) :].partition("/")
+                    if slash:
+                        folders.setdefault(folder, []).append(name)
+                for number in StoragePathUtility.numbers_of(folders, 2, 1, 31, newest_first=False):
+                    with suppress(ValueError):
+                        yield date(year, month, number), folders[f"{number:02d}"]
 
     async def _numbers(
         self, folder: str, digits: int, low: int, high: int, *, newest_first: bool

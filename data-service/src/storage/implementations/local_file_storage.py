@@ -335,6 +335,24 @@ class LocalFileStorage(IRawDataStorage):
 
         return await self._run(read, coin_path)
 
+    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, set[date]]:
+        coin_path = StoragePathUtility.coin_path(exchange_name, coin_symbol)
+
+        def read(work: _Work) -> dict[str, set[date]]:
+            found: dict[str, set[date]] = {}
+            for day, path in self._days(coin_path, None):
+                work.step()
+                folder = self._disk.open_folder(path)
+                if folder is None:
+                    continue
+                with folder:
+                    names = self._disk.names(folder)
+                for interval in StoragePathUtility.intervals_of(names, day):
+                    found.setdefault(interval, set()).add(day)
+            return found
+
+        return await self._run(read, coin_path)
+
     async def read_blob(self, path: str) -> bytes | None:
         StoragePathUtility.check_blob_path(path)
         folder_path, _, name = path.rpartition("/")

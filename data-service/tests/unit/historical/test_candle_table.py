@@ -18,13 +18,12 @@ from deltalake import DeltaTable, Field, Schema
 from deltalake.schema import PrimitiveType
 from structlog.testing import capture_logs
 
-from domain.candle import Candle
 from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
 from errors import InvalidRequest
 from historical.candle_files import SealedFile
-from historical.candle_log import CandleLog
+from historical.candle_log import CandleLog, WriteConflict
 from historical.candle_table import CandleTable
 from historical.interfaces import CandleTableMismatch, CandleTableUnavailable
 from storage.path_utility import day_start
@@ -44,7 +43,7 @@ def table(path: Path) -> CandleTable:
 
 def test_a_table_without_a_sealed_day_has_nothing(table: CandleTable) -> None:
     candles = table.read(BTC, ALL)
-    assert len(candles) == 0
+    assert len(candles.candles) == 0
     assert candles.ranges == ()
     assert table.read_entries(BTC, ALL) == ((), [])
     assert table.sealed(BTC, ALL) == []
@@ -62,15 +61,10 @@ def test_columns_have_the_candles_of_a_range(table: CandleTable) -> None:
     entries = entries_of(day(0))
     table.seal(BTC, {day(0): entries})
     wanted = TimeRange(entries[10].timestamp, entries[250].timestamp + 1)
-    candles = table.read(BTC, wanted)
-    expected = [entry.candle for entry in entries[10:251]]
-    columns = (
-        candles.timestamp, candles.open, candles.high, candles.low, candles.close, candles.volume,
-    )  # fmt: skip
-    found = [Candle(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-    assert found == expected
-    assert candles.ranges == (wanted,)
-    assert not candles.close.flags.writeable
+    found = table.read(BTC, wanted)
+    assert list(found.candles) == [entry.candle for entry in entries[10:251]]
+    assert found.ranges == (wanted,)
+    assert not found.candles.close.flags.writeable
 
 
 def test_the_book_of_an_entry_is_left_to_its_document(table: CandleTable) -> None:
@@ -84,7 +78,7 @@ def test_a_day_without_any_candle_is_sealed_too(table: CandleTable, path: Path) 
     for opened in (table, table_at(path)):
         assert opened.sealed(BTC, ALL) == [range_of(day(0), 2), range_of(day(3))]
         assert opened.read(BTC, range_of(day(1))).ranges == (range_of(day(1)),)
-        assert len(opened.read(BTC, range_of(day(1), 5))) == 0
+        assert len(opened.read(BTC, range_of(day(1), 5)).candles) == 0
 
 
 def test_sealing_again_replaces_just_those_days(table: CandleTable) -> None:
@@ -151,7 +145,7 @@ def test_unsealing_everything_leaves_nothing(table: CandleTable) -> None:
     table.seal(BTC, {day(at): entries_of(day(at)) for at in range(3)})
     table.unseal(BTC, [day(at) for at in range(3)])
     assert table.sealed(BTC, ALL) == []
-    assert len(table.read(BTC, ALL)) == 0
+    assert len(table.read(BTC, ALL).candles) == 0
 
 
 @pytest.mark.parametrize(
@@ -305,7 +299,7 @@ def test_files_that_left_the_table_are_removed_when_nobody_can_read_them_any_mor
     assert DeltaTable(str(path)).version() == before
     for opened in (table, table_at(path)):
         assert opened.read_entries(odd, ALL)[1] == entries
-        assert len(opened.read(BTC, ALL)) == 3
+        assert len(opened.read(BTC, ALL).candles) == 3
 
 
 def test_a_reader_of_before_goes_on_when_the_log_is_cleared(
@@ -412,7 +406,7 @@ table.seal(BTC, {day(0): entries_of(day(0))})
 table.seal(BTC, {day(1): []})
 table.unseal(BTC, [day(1)])
 table.tidy()
-assert len(table.read(BTC, ALL)) == len(table.read_entries(BTC, ALL)[1]) == 288
+assert len(table.read(BTC, ALL).candles) == len(table.read_entries(BTC, ALL)[1]) == 288
 print(json.dumps("pandas" in sys.modules))
 """
 
@@ -427,3 +421,72 @@ def test_neither_sealing_nor_reading_loads_pandas_or_ends_badly(path: Path) -> N
         check=False,
     )
     assert (done.returncode, json.loads(done.stdout)) == (0, False)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"commitInfo": {}}\n{"add": {"pa'])
+def test_a_log_entry_that_the_power_cut_off_is_dropped(path: Path, torn: bytes) -> None:
+    table_at(path).seal(BTC, {day(0): entries_of(day(0))})
+    newest = max((path / "_delta_log").glob("*.json"))
+    cut_off = newest.with_name(f"{int(newest.stem) + 1:020}.json")
+    cut_off.write_bytes(torn)
+    with capture_logs() as logs:
+        table = table_at(path)
+    assert [entry["event"] for entry in logs] == ["candle_log_entry_torn"]
+    table.seal(BTC, {day(1): entries_of(day(1))})
+    assert table.sealed(BTC, ALL) == [range_of(day(0), 2)]
+
+
+def test_who_took_over_is_not_overtaken_by_what_was_read_before(path: Path) -> None:
+    first, second = table_at(path), table_at(path)
+    first.take_over()
+    read_since = first.others
+    second.take_over()
+    with pytest.raises(WriteConflict, match="another process wrote"):
+        first.seal(BTC, {day(0): entries_of(day(0))}, read_since=read_since)
+    assert second.sealed(BTC, ALL) == []
+    second.seal(BTC, {day(0): entries_of(day(0))}, read_since=second.others)
+    assert second.sealed(BTC, ALL) == [range_of(day(0))]
+
+
+def test_ones_own_commits_and_upkeep_are_none_of_others(path: Path) -> None:
+    table = table_at(path)
+    table.take_over()
+    read_since = table.others
+    for at in range(12):
+        table.seal(BTC, {day(at): entries_of(day(at), count=2)}, read_since=read_since)
+    table.unseal(BTC, [day(3)])
+    table.tidy()
+    table.seal(BTC, {day(3): []}, read_since=read_since)
+    assert table.others == read_since
+
+
+def test_what_may_be_sealed_is_known_without_a_look(path: Path) -> None:
+    table = table_at(path)
+    days = {day(at) for at in range(-1, 3)}
+    # Nothing was looked at yet: nobody can say.
+    assert table.known(BTC, days) == days
+    table.take_over()
+    assert table.known(BTC, days) == set()
+    table.seal(BTC, {day(at): [] for at in (-1, 1)})
+    assert table.known(BTC, days) == {day(-1), day(1)}
+    table.unseal(BTC, [day(1)])
+    assert table.known(BTC, days) == {day(-1)}
+
+
+def test_a_commit_whose_answer_was_lost_leaves_it_open_what_is_sealed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_at(path)
+    table.take_over()
+
+    def lost(_: Path) -> None:
+        raise OSError("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("historical.candle_log.sync", lost)
+        with pytest.raises(CandleTableUnavailable):
+            table.seal(BTC, {day(0): []})
+    assert table.known(BTC, [day(0)]) == {day(0)}
+    table.unseal(BTC, [day(0)])
+    assert table.sealed(BTC, ALL) == []
+    assert table.known(BTC, [day(0)]) == set()

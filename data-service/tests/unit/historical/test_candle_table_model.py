@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from domain.candle import Candle
 from domain.entry import Entry
 from domain.series import Series
 from domain.time_range import RangeSet, TimeRange
@@ -64,15 +63,16 @@ class Sealing(RuleBasedStateMachine):
     def read_a_part(self, series: Series, hours: tuple[int, int]) -> None:
         start = range_of(day(0)).start + hours[0] * 3_600_000
         wanted = TimeRange(start, start + hours[1] * 3_600_000 + 1)
-        candles = self.table.read(series, wanted)
-        columns = (
-            candles.timestamp, candles.open, candles.high, candles.low, candles.close,
-            candles.volume,
-        )  # fmt: skip
-        found = [Candle(*row) for row in zip(*(each.tolist() for each in columns), strict=True)]
+        found = self.table.read(series, wanted)
         expected = [entry for entry in self.expected(series) if entry.timestamp in wanted]
-        assert found == [entry.candle for entry in expected]
-        assert list(candles.ranges) == self.expected_ranges(series).within(wanted)
+        assert list(found.candles) == [entry.candle for entry in expected]
+        ranges = self.expected_ranges(series).within(wanted)
+        assert list(found.ranges) == ranges
+        known, stored = self.table.stored(series, wanted)
+        assert list(known) == ranges
+        assert list(stored) == list(
+            RangeSet(TimeRange(entry.timestamp, entry.end) for entry in expected)
+        )
 
     @invariant()
     def the_sealed_days_are_there_and_nothing_else(self) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from domain.candle import Candle
 from domain.gap import Gap, GapReason, joined
 from domain.time_range import TimeRange
 from errors import InvalidRequest
 from exchange_source.interfaces import ExchangeUnavailable
+from historical.columns import NOTHING
 from historical.fetcher import MOST_SOURCE_PERIODS, HistoricalFetcher
 from historical.interfaces import ResolvedSeries
-from historical.resampling import aggregate
 from reconciliation.reconciler import Reconciler
 from storage.manager import StorageManagerImpl
 from tests.support.collecting import Collecting
@@ -20,6 +23,18 @@ from tests.support.market import BTC_5M, FIVE, HOUR, T0, candle, candles, entry
 
 RESOLVED = ResolvedSeries(BTC_5M, "BTC/USD")
 TWO_HOURS = TimeRange(T0, T0 + 2 * HOUR)
+
+
+def aggregate(parts: Sequence[Candle], timestamp: int) -> Candle:
+    """One candle over several ascending ones."""
+    return Candle(
+        timestamp,
+        parts[0].open,
+        max(part.high for part in parts),
+        min(part.low for part in parts),
+        parts[-1].close,
+        math.fsum(part.volume for part in parts),
+    )
 
 
 def fetcher(world: Collecting) -> HistoricalFetcher:
@@ -53,7 +68,7 @@ async def test_a_range_without_closed_periods_is_empty() -> None:
     now = world.clock.now_ms()
     async with world.running():
         page = await fetcher(world).fetch_data(RESOLVED, TimeRange(now, now + HOUR))
-    assert page.candles == ()
+    assert page.candles == NOTHING
     assert page.gaps == ()
     assert world.exchange.asked == []
 
@@ -111,7 +126,7 @@ async def test_an_exchange_that_does_not_answer_in_time_leaves_the_range_pending
     async with world.running():
         page = await hasty.fetch_data(RESOLVED, TWO_HOURS)
         world.exchange.gate.set()
-    assert page.candles == ()
+    assert page.candles == NOTHING
     assert page.gaps == (Gap(TWO_HOURS, GapReason.PENDING),)
 
 

@@ -13,6 +13,7 @@ from domain.gap import Gap, GapReason
 from domain.time_range import TimeRange
 from errors import CoinNotAvailable, InvalidRequest, NoData
 from exchange_source.interfaces import ExchangeUnavailable
+from historical.columns import NOTHING
 from historical.current_fetcher import CurrentDataFetcher
 from historical.fetcher import HistoricalFetcher
 from historical.manager import HistoricalDataManagerImpl
@@ -68,7 +69,7 @@ async def test_streaming_sends_the_fetched_candles_in_chunks_then_completes() ->
         "rows": [],
     }
     first = candles(T0, 1)[0]
-    assert chunks[0]["rows"][0] == [
+    assert list(chunks[0]["rows"][0]) == [
         T0,
         first.open,
         first.high,
@@ -164,7 +165,7 @@ async def test_history_without_rows_is_an_answer() -> None:
     world = Collecting()
     async with world.running():
         page = await history(world).get_historical_data("BTC", T0 - 2 * HOUR, T0 - HOUR)
-    assert page.candles == ()
+    assert page.candles == NOTHING
     assert {gap.reason for gap in page.gaps} == {GapReason.NOT_OFFERED}
 
 
@@ -174,7 +175,7 @@ async def test_with_something_stored_an_exchange_that_is_away_is_told_in_the_gap
         await history(world).get_historical_data("BTC", T0, T0 + HOUR)
         world.exchange.fail_with = ExchangeUnavailable("503")
         page = await history(world).get_historical_data("BTC", T0 + 2 * HOUR, T0 + 3 * HOUR)
-        assert page.candles == ()
+        assert page.candles == NOTHING
         assert {gap.reason for gap in page.gaps} == {GapReason.UNREACHABLE}
         socket = Socket()
         await history(world).stream_historical_data(socket, "BTC", T0 + 2 * HOUR, T0 + 3 * HOUR)

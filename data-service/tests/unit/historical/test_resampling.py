@@ -16,6 +16,7 @@ from domain.candle import Candle
 from domain.gap import Gap, GapReason, joined
 from domain.interval import KNOWN_INTERVALS, Interval
 from domain.time_range import TimeRange
+from historical.columns import NOTHING, Candles
 from historical.resampling import can_resample, resample
 from tests.support.market import DAY, FIVE, HOUR, MINUTE, T0, candle, candles
 
@@ -99,8 +100,8 @@ def test_a_series_is_what_another_computation_makes_of_it(target: Interval, rule
     )
     part = TimeRange(target.floor(series[0].timestamp), target.floor(series[-1].timestamp))
     inside = [item for item in series if item.timestamp in part]
-    result = resample(inside, holes(inside, part, FIVE), part, source=M5, target=target)
-    assert_equal(result.candles, by_pandas(inside, rule))
+    result = resample(Candles.of(inside), holes(inside, part, FIVE), part, source=M5, target=target)
+    assert_equal(list(result.candles), by_pandas(inside, rule))
     assert all(gap.reason is GapReason.NO_TRADES for gap in result.gaps)
 
 
@@ -113,15 +114,17 @@ def test_minutes_make_the_exchanges_own_five_minutes() -> None:
         assert len(fives) == 706
     part = TimeRange(M5.floor(minutes[0].timestamp), M5.floor(minutes[-1].timestamp) + FIVE)
     quiet = holes(minutes, part, MINUTE)
-    result = resample(minutes, quiet, part, source=M1, target=M5)
-    assert_equal(result.candles, fives)
+    result = resample(Candles.of(minutes), quiet, part, source=M1, target=M5)
+    assert_equal(list(result.candles), fives)
     assert sum(gap.count(M5) for gap in result.gaps) + len(fives) == part.length // FIVE
 
 
 def test_a_week_opens_on_monday() -> None:
     monday = W1.ceil(T0)
     days = candles(monday, 14, step=DAY)
-    result = resample(days, [], TimeRange(monday, monday + 14 * DAY), source=D1, target=W1)
+    result = resample(
+        Candles.of(days), [], TimeRange(monday, monday + 14 * DAY), source=D1, target=W1
+    )
     assert [item.timestamp for item in result.candles] == [monday, monday + 7 * DAY]
     assert pd.Timestamp(monday, unit="ms").day_name() == "Monday"
 
@@ -130,7 +133,7 @@ def test_a_week_opens_on_monday() -> None:
 def test_a_bucket_that_is_known_in_part_is_left_out_for_its_reason(reason: GapReason) -> None:
     series = candles(T0, 24, holes=[3])
     gap = Gap(TimeRange(T0 + 3 * FIVE, T0 + 4 * FIVE), reason)
-    result = resample(series, [gap], TimeRange(T0, T0 + 2 * HOUR), source=M5, target=H1)
+    result = resample(Candles.of(series), [gap], TimeRange(T0, T0 + 2 * HOUR), source=M5, target=H1)
     assert [item.timestamp for item in result.candles] == [T0 + HOUR]
     assert result.gaps == (Gap(TimeRange(T0, T0 + HOUR), reason),)
 
@@ -142,22 +145,22 @@ def test_of_several_reasons_what_may_still_mend_is_told() -> None:
         for at, reason in enumerate((GapReason.NOT_OFFERED, GapReason.PENDING, GapReason.NO_TRADES))
     ]
     hour = TimeRange(T0, T0 + HOUR)
-    assert resample(series, gaps, hour, source=M5, target=H1).gaps == (
+    assert resample(Candles.of(series), gaps, hour, source=M5, target=H1).gaps == (
         Gap(hour, GapReason.PENDING),
     )
 
 
 def test_what_is_neither_told_nor_explained_is_pending() -> None:
     hour = TimeRange(T0, T0 + HOUR)
-    result = resample(candles(T0, 11), [], hour, source=M5, target=H1)
-    assert result == resample([], [], hour, source=M5, target=H1)
+    result = resample(Candles.of(candles(T0, 11)), [], hour, source=M5, target=H1)
+    assert result == resample(NOTHING, [], hour, source=M5, target=H1)
     assert result.gaps == (Gap(hour, GapReason.PENDING),)
 
 
 def test_quiet_periods_count_as_covered_and_nothing_but_them_makes_no_candle() -> None:
     part = TimeRange(T0, T0 + 2 * HOUR)
     series = [candle(T0 + 4 * FIVE)]
-    result = resample(series, holes(series, part, FIVE), part, source=M5, target=H1)
+    result = resample(Candles.of(series), holes(series, part, FIVE), part, source=M5, target=H1)
     assert [item.timestamp for item in result.candles] == [T0]
     assert result.candles[0].volume == series[0].volume
     assert result.gaps == (Gap(TimeRange(T0 + HOUR, T0 + 2 * HOUR), GapReason.NO_TRADES),)
@@ -176,7 +179,7 @@ def test_intervals_that_do_not_fit_and_ranges_that_cut_a_bucket_are_refused(
     source: Interval, target: Interval, part: TimeRange
 ) -> None:
     with pytest.raises(ValueError, match=r"no multiple|cuts a period"):
-        resample([], [], part, source=source, target=target)
+        resample(NOTHING, [], part, source=source, target=target)
 
 
 @given(
@@ -194,7 +197,7 @@ def test_each_bucket_by_its_definition(kinds: list[str], target: Interval) -> No
         for at, kind in periods
         if kind != "candle"
     )
-    result = resample(series, gaps, part, source=M5, target=target)
+    result = resample(Candles.of(series), gaps, part, source=M5, target=target)
     told = {item.timestamp: item for item in result.candles}
     reasons = {
         at: gap.reason

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.candle import Candle
+from historical.columns import NOTHING, Candles
 from historical.summary import (
     max_drawdown_percent,
     thinned,
@@ -25,17 +26,18 @@ def flat(timestamp: int, close: float, volume: float = 1.0) -> Candle:
 
 def test_the_drawdown_is_the_deepest_fall_below_an_earlier_close() -> None:
     closes = [100, 120, 90, 110, 60, 200]
-    series = [flat(T0 + at * FIVE, close) for at, close in enumerate(closes)]
+    series = Candles.of(flat(T0 + at * FIVE, close) for at, close in enumerate(closes))
     assert max_drawdown_percent(series) == pytest.approx(50)
 
 
 def test_the_vwap_weights_typical_prices_by_volume() -> None:
-    assert typical_price_vwap([flat(T0, 10, 1), flat(T0 + FIVE, 20, 3)]) == pytest.approx(17.5)
-    assert typical_price_vwap([flat(T0, 10, 0)]) is None
+    series = Candles.of([flat(T0, 10, 1), flat(T0 + FIVE, 20, 3)])
+    assert typical_price_vwap(series) == pytest.approx(17.5)
+    assert typical_price_vwap(Candles.of([flat(T0, 10, 0)])) is None
 
 
 def test_volatility_is_the_sample_deviation_of_logarithmic_returns() -> None:
-    series = [flat(T0 + at * FIVE, close) for at, close in enumerate([100, 110, 105])]
+    series = Candles.of(flat(T0 + at * FIVE, close) for at, close in enumerate([100, 110, 105]))
     expected = statistics.stdev([math.log(110 / 100), math.log(105 / 110)])
     assert volatility(series) == pytest.approx(expected)
     assert volatility(series[:2]) is None
@@ -44,7 +46,7 @@ def test_volatility_is_the_sample_deviation_of_logarithmic_returns() -> None:
 @given(count=st.integers(1, 400), most=st.integers(1, 60), holes=st.sets(st.integers(1, 399)))
 def test_thinned_candles_keep_extremes_and_volume(count: int, most: int, holes: set[int]) -> None:
     series = candles(T0, count, holes=holes)
-    shown, periods = thinned(series, FIVE, most)
+    shown, periods = thinned(Candles.of(series), FIVE, most)
     assert 1 <= len(shown) <= most
     assert max(item.high for item in shown) == max(item.high for item in series)
     assert min(item.low for item in shown) == min(item.low for item in series)
@@ -54,5 +56,6 @@ def test_thinned_candles_keep_extremes_and_volume(count: int, most: int, holes: 
 
 
 def test_nothing_thins_to_nothing() -> None:
-    assert thinned([], FIVE, 50) == ((), 1)
-    assert thinned([candle(T0)], FIVE, 50) == ((candle(T0),), 1)
+    assert thinned(NOTHING, FIVE, 50) == (NOTHING, 1)
+    one = Candles.of([candle(T0)])
+    assert thinned(one, FIVE, 50) == (one, 1)
