@@ -1,4 +1,5 @@
-"""What a sealed year of 5m candles of one coin costs to read, against yardsticks in the same run.
+"""What a sealed year of 5m candles of one coin costs to read and to send, against yardsticks in the
+same run.
 
 Each figure is a median of ``REPEATS`` interleaved repeats on a warm page cache; everything ends as
 columns in memory.
@@ -6,6 +7,9 @@ columns in memory.
 - ours: ``CandleTable.read`` of the year, from a kept table that looks for newer versions each time;
   of a table of one coin, and of one with a hundred.
 - feather: ``pandas.read_feather`` of the same candles, the format that freqtrade reads.
+- stream: the rows a second that a WebSocket client reads of the year, of the service and of a bare
+  server that sends the same messages already encoded; as both libraries come, with compression, and
+  without. Whoever reads decodes every message.
 - documents: ``StorageManagerImpl.get_raw_data_range`` of the same candles as JSON documents, the
   faster kind: without order books.
 """
@@ -26,6 +30,7 @@ from pathlib import Path
 
 import pandas as pd
 from bench_storage import SERIES, STEP, YEAR, YEAR_START, entries, fill, read, timed
+from stream_history import make_ready, rates
 
 from domain.entry import Entry
 from domain.series import Series
@@ -44,6 +49,8 @@ WHOLE = TimeRange(YEAR_START, YEAR_START + YEAR * STEP)
 FEATHER_BAR = 2.0
 DOCUMENTS_BAR = 30.0
 COINS_BAR = 1.5
+STREAM_REPEATS = 9
+STREAM_BAR = 0.5
 
 
 def by_day(series: Series, year: list[Entry]) -> dict[date, list[Entry]]:
@@ -87,6 +94,25 @@ def told(what: str, ratio: float, bar: float, *, held: bool) -> bool:
     return held
 
 
+async def streamed(root: Path, compression: str | None) -> bool:
+    """Measure and print one kind of stream; whether its bar was held."""
+    ours, bare = (
+        statistics.median(found)
+        for found in await rates(
+            root, SERIES.coin, WHOLE, repeats=STREAM_REPEATS, compression=compression
+        )
+    )
+    how = "compressed" if compression else "not compressed"
+    print(f"stream, {how}: {ours:,.0f} rows/s; bare server: {bare:,.0f} rows/s", flush=True)
+    ratio = ours / bare
+    if compression is None:
+        print(f"times the rate of a bare server, {how}: {ratio:.2f}; no bar", flush=True)
+        return True
+    return told(
+        f"times the rate of a bare server, {how}", ratio, STREAM_BAR, held=ratio >= STREAM_BAR
+    )
+
+
 async def main() -> int:
     """Measure and print."""
     root = Path(tempfile.mkdtemp(prefix="bench-history-"))
@@ -97,7 +123,7 @@ async def main() -> int:
         await fill(storage, YEAR, books=False)
         year = list(entries(YEAR, books=False))
         began = time.perf_counter()
-        one = table_of(root / "one", year, 1)
+        one = table_of(root / "documents" / "candles_delta", year, 1)
         print(f"a year sealed: {time.perf_counter() - began:.2f} s", flush=True)
         many = table_of(root / "many", year, COINS)
         frame = pd.DataFrame(
@@ -136,6 +162,10 @@ async def main() -> int:
                 COINS_BAR,
                 held=coins <= COINS_BAR,
             ),
+        ]
+        await make_ready(root / "documents", SERIES.exchange, SERIES.coin, WHOLE)
+        held += [
+            await streamed(root / "documents", compression) for compression in ("deflate", None)
         ]
         return 0 if all(held) else 1
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -60,6 +61,12 @@ def table_of(entries: Sequence[Entry]) -> pa.Table:
         "source": _texts([entry.source for entry in entries]),
     }
     return _required(pa.Table.from_arrays(list(columns.values()), names=list(columns)))
+
+
+@cache
+def no_rows(columns: Sequence[str]) -> pa.Table:
+    """The columns without a row."""
+    return table_of([]).select(list(columns))
 
 
 def entries_of(table: pa.Table, series: Series) -> list[Entry]:

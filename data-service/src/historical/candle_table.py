@@ -29,6 +29,7 @@ from historical.candle_columns import (
     candles_of,
     entries_of,
     merged,
+    no_rows,
     numbers,
     outside,
     table_of,
@@ -146,7 +147,7 @@ class CandleTable:
         self, series: Series, wanted: TimeRange, columns: Sequence[str]
     ) -> tuple[pa.Table, tuple[TimeRange, ...]]:
         read = []
-        tables = [table_of([]).select(list(columns))]
+        tables = [no_rows(columns)]
         for year, file in self._chosen(series, wanted):
             table = self._read(file, columns, None if _is_within(file, wanted) else wanted)
             if table is not None:
@@ -175,7 +176,7 @@ class CandleTable:
     ) -> pa.Table | None:
         """Rows of a file, or None where it is damaged, which is told once."""
         if not file.rows:
-            return table_of([]).select(list(columns))
+            return no_rows(columns)
         try:
             return self._log.read(file, columns, wanted)
         except FileDamaged as exc:

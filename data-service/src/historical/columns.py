@@ -97,6 +97,12 @@ class Candles:
         first, end = np.searchsorted(self.timestamp, (part.start, part.end))
         return self[first : max(first, end)]
 
+    def cut(self, starts: Sequence[int]) -> list[Candles]:
+        """Those from each of these times on, up to the next of them; the last has the rest."""
+        firsts = np.searchsorted(self.timestamp, np.array(starts, dtype=np.int64)).tolist()
+        ends = [*firsts[1:], len(self)]
+        return [self[first:end] for first, end in zip(firsts, ends, strict=True)]
+
     def without(self, parts: Iterable[TimeRange]) -> Candles:
         """Those that open in none of the parts."""
         kept = np.ones(len(self), dtype=np.bool_)

@@ -7,7 +7,7 @@ one only where the exchange does not offer it, no longer gives the range, or can
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -30,9 +30,10 @@ PATIENCE_S: Final = 30.0
 # Candles of a shorter interval that one page is made of at most.
 MOST_SOURCE_PERIODS: Final = 50_000
 # Of what is settled, so many periods at most are read ahead of the pages that they are cut into,
-# and no more than can be read in such a time (real seconds).
-READ_AHEAD_PERIODS: Final = 20_000
+# and fewer where that takes longer (real seconds). Reading many at once costs hardly more than few.
+READ_AHEAD_PERIODS: Final = 50_000
 _READ_AHEAD_S: Final = 0.25
+_READ_AHEAD_GROWTH: Final = 4
 # Of these a shorter interval may know more.
 _PERHAPS_RESAMPLED: Final = (GapReason.UNREACHABLE, GapReason.NOT_OFFERED)
 
@@ -64,7 +65,8 @@ class Page:
         """Pages of ``reach`` ms each, ascending."""
         gaps = iter(self.gaps)
         gap = next(gaps, None)
-        for start in range(self.range.start, self.range.end, reach):
+        starts = range(self.range.start, self.range.end, reach)
+        for start, candles in zip(starts, self.candles.cut(starts), strict=True):
             part = TimeRange(start, min(start + reach, self.range.end))
             mine = []
             while gap is not None and gap.range.start < part.end:
@@ -72,7 +74,7 @@ class Page:
                 if gap.range.end > part.end:
                     break
                 gap = next(gaps, None)
-            yield Page(part, self.candles.within(part), tuple(mine), self.fetched, self.error)
+            yield Page(part, candles, tuple(mine), self.fetched, self.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,28 +216,53 @@ class HistoricalFetcher:
 
     async def pages(
         self, resolved: ResolvedSeries, wanted: TimeRange, *, periods: int
-    ) -> AsyncIterator[Page]:
-        """The range in pages of ``periods`` each, ascending, as they become available."""
+    ) -> AsyncGenerator[Page, None]:
+        """The range in pages of ``periods`` each, ascending, as they become available.
+
+        What is settled is read ahead of them, a bounded part, while the pages before it are used;
+        what the exchange has to be asked for is asked page by page. Close it when it is left early.
+        """
         wanted = self.closed_part(resolved, wanted)
         periods = min(periods, self.most_periods(resolved) or periods)
         reach = periods * resolved.series.interval.milliseconds
-        ahead, at = 1, wanted.start
-        while at < wanted.end:
-            window = TimeRange(at, min(at + ahead * reach, wanted.end))
-            if ahead > 1 and not await self._is_settled(resolved, window):
-                # What the exchange has to be asked for is sent as it comes.
-                window = TimeRange(at, min(at + reach, wanted.end))
-            began = self._clock.monotonic()
-            page = await self.fetch_data(resolved, window)
-            quick = self._clock.monotonic() - began < _READ_AHEAD_S
-            at = window.end
-            for part in page.cut(reach):
-                yield part
-            if resolved.offered:
-                most = max(1, READ_AHEAD_PERIODS // periods)
-                ahead = min(2 * ahead, most) if quick else max(1, ahead // 2)
+        most = max(1, READ_AHEAD_PERIODS // periods) if resolved.offered else 1
+        at, ahead = wanted.start, 1
+        coming: asyncio.Task[Page] | None = None
+        try:
+            while at < wanted.end:
+                began = self._clock.monotonic()
+                if coming is not None:
+                    page, coming = await coming, None
+                else:
+                    page = await self.fetch_data(
+                        resolved, TimeRange(at, min(at + reach, wanted.end))
+                    )
+                waited = self._clock.monotonic() - began
+                at = page.range.end
+                ahead = min(_READ_AHEAD_GROWTH * ahead, most) if waited < _READ_AHEAD_S else 1
+                window = TimeRange(at, min(at + ahead * reach, wanted.end))
+                if window and await self._is_settled(resolved, window):
+                    coming = asyncio.create_task(self._read_settled(resolved, window))
+                    # It begins to read now, and not when somebody waits for it.
+                    await asyncio.sleep(0)
+                for part in page.cut(reach):
+                    yield part
+        finally:
+            if coming is not None:
+                coming.cancel()
+                await asyncio.wait([coming])
+
+    async def _read_settled(self, resolved: ResolvedSeries, wanted: TimeRange) -> Page:
+        """A page of what nobody has to be asked for."""
+        view = self._reconciler.view(resolved.series, resolved.market)
+        found = await self._stored(resolved.series, wanted, view.gaps(wanted), RangeSet())
+        for source in resolved.sources:
+            found = await self._completed(resolved, found, source)
+        return Page(wanted, found.candles, found.gaps)
 
     async def _is_settled(self, resolved: ResolvedSeries, wanted: TimeRange) -> bool:
+        if not resolved.offered:
+            return False
         view = self._reconciler.view(resolved.series, resolved.market)
         await view.load(wanted)
         return view.is_settled(wanted)

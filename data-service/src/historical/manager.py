@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Final
 
 from domain.candle import Candle
@@ -125,29 +126,30 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
         chunks = count = from_storage = from_exchange = 0
         gaps: list[Gap] = []
         unanswered: ExchangeError | None = None
-        async for page in self._fetcher.pages(resolved, wanted, periods=chunk_size):
-            # Joined as they come: of ten years without a candle one is left.
-            gaps[-1:] = joined([*gaps[-1:], *page.gaps])
-            unanswered = page.error or unanswered
-            if not len(page.candles):
-                continue
-            await websocket.send_json(
-                {
-                    "type": "historical_data_chunk",
-                    **answers,
-                    "index": chunks,
-                    "exchange": series.exchange,
-                    "coin": series.coin,
-                    "market": resolved.market,
-                    "interval": series.interval.name,
-                    "columns": HISTORY_COLUMNS,
-                    "rows": page.candles.rows(),
-                }
-            )
-            chunks += 1
-            count += len(page.candles)
-            from_storage += page.from_storage
-            from_exchange += page.from_exchange
+        async with aclosing(self._fetcher.pages(resolved, wanted, periods=chunk_size)) as pages:
+            async for page in pages:
+                # Joined as they come: of ten years without a candle one is left.
+                gaps[-1:] = joined([*gaps[-1:], *page.gaps])
+                unanswered = page.error or unanswered
+                if not len(page.candles):
+                    continue
+                await websocket.send_json(
+                    {
+                        "type": "historical_data_chunk",
+                        **answers,
+                        "index": chunks,
+                        "exchange": series.exchange,
+                        "coin": series.coin,
+                        "market": resolved.market,
+                        "interval": series.interval.name,
+                        "columns": HISTORY_COLUMNS,
+                        "rows": page.candles.rows(),
+                    }
+                )
+                chunks += 1
+                count += len(page.candles)
+                from_storage += page.from_storage
+                from_exchange += page.from_exchange
         if count == 0 and unanswered is not None:
             await self._refuse_if_nothing_is_stored(series, unanswered)
         await websocket.send_json(
@@ -208,7 +210,8 @@ class HistoricalDataManagerImpl(IHistoricalDataManager):
     ) -> Summary:
         wanted = _range(start, end)
         resolved = await self._directory.resolve(coin, exchange=exchange, interval=interval)
-        pages = [page async for page in self._fetcher.pages(resolved, wanted, periods=SUMMARY_PAGE)]
+        async with aclosing(self._fetcher.pages(resolved, wanted, periods=SUMMARY_PAGE)) as found:
+            pages = [page async for page in found]
         error = _error_of_none(pages)
         if error is not None:
             raise error
