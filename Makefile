@@ -17,7 +17,10 @@ AZURITE_READY := $(AZURITE)/node_modules/.ready
 # Other people's clients, whose dependencies are none of ours.
 PEERS := .venv-peers
 
-.PHONY: help setup run run-live test drill peers soak check format bench lock clean
+# Other engines that read the table of candles.
+ENGINES := .venv-engines
+
+.PHONY: help setup run run-live test drill peers engines soak check format bench lock clean
 
 help: ## Show what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,6 +67,15 @@ $(PEERS)/.ready: $(VENV)/.ready requirements-peers.lock
 peers: setup $(PEERS)/.ready ## Let freqtrade and cryptofeed read the sandbox beside the service, and compare (1 minute)
 	@CB_TRADE_PEERS=$(CURDIR)/$(PEERS) $(BIN)/python -m pytest -s data-service/tests/peers
 
+$(ENGINES)/.ready: $(VENV)/.ready requirements-engines.lock
+	@echo "Setting up $(ENGINES) ..."
+	@test -x $(ENGINES)/bin/python || $(PYTHON) -m venv --without-pip $(ENGINES)
+	@VIRTUAL_ENV=$(CURDIR)/$(ENGINES) $(BIN)/uv pip sync --quiet --require-hashes --compile-bytecode requirements-engines.lock
+	@touch $@
+
+engines: setup $(ENGINES)/.ready ## Let Polars, DuckDB and Daft on Ray read the table of candles as docs/engines.md shows (1 minute)
+	@CB_TRADE_ENGINES=$(CURDIR)/$(ENGINES) $(BIN)/python -m pytest -s data-service/tests/engines
+
 soak: setup ## Run the service for 24 hours of a fast market and watch its memory (25 minutes)
 	@$(BIN)/python data-service/benchmarks/soak.py
 
@@ -85,9 +97,10 @@ bench: setup $(AZURITE_READY) ## Run the benchmarks
 lock: setup ## Make the locks anew from pyproject.toml
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) --group bootstrap -o requirements-bootstrap.lock
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) --group peers -o requirements-peers.lock
+	@$(BIN)/uv pip compile $(LOCK_FLAGS) --group engines -o requirements-engines.lock
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml -o requirements.lock
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
 
 clean: ## Remove the environment and every cache (collected data stays)
-	@rm -rf $(VENV) $(PEERS) $(AZURITE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) $(ENGINES) $(AZURITE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find data-service -name __pycache__ -prune -exec rm -rf {} +

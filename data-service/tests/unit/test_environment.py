@@ -38,7 +38,7 @@ def test_the_locks_hold_every_dependency_by_hash_and_agree() -> None:
         for name, version in runtime.items()
         if development.get(name) != version
     } == {}
-    for name in ("", "-dev", "-bootstrap", "-peers"):
+    for name in ("", "-dev", "-bootstrap", "-peers", "-engines"):
         text = (ROOT / f"requirements{name}.lock").read_text()
         assert "--hash=sha256:" in text
         assert "http" not in re.sub(r"^[a-z0-9._-]+==.*$", "", text, flags=re.MULTILINE)
@@ -52,6 +52,18 @@ def test_the_lock_of_the_peers_holds_them_as_they_are_wanted_and_what_builds_the
     assert {"cryptofeed", "freqtrade"} <= set(pinned)
     assert {"cython", "orjson", "setuptools", "websockets", "wheel"} <= set(lock)
     assert "--build-constraints requirements-peers.lock" in (ROOT / "Makefile").read_text()
+
+
+def test_the_lock_of_the_engines_and_their_page_name_the_versions_that_are_wanted() -> None:
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    lock = locked("requirements-engines.lock")
+    items = (re.sub(r"\[.*\]", "", item) for item in groups["engines"] if "==" in item)
+    pinned = dict(item.split("==") for item in items)
+    assert {name: lock.get(name) for name in pinned} == pinned
+    page = (ROOT / "docs/engines.md").read_text().split("| engine | version |")[1].split("\n\n")[0]
+    told = {name.lower(): version for name, version in re.findall(r"\| (\w+) \| ([\d.]+) \|", page)}
+    assert set(told) == {"polars", "duckdb", "daft", "ray"}
+    assert {name: pinned[name] for name in told} == told
 
 
 def test_the_emulator_of_azure_is_one_version_locked_by_hash_without_addresses() -> None:
