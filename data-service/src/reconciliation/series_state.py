@@ -268,12 +268,7 @@ class SeriesState(ISeriesView):
             if candle.timestamp in asked
         ]
         outcomes = await self._store(entries) if entries else []
-        changed = RangeSet()
-        for outcome in outcomes:
-            self._note_stored(outcome, asked_at, looked_at)
-            if outcome.change is not Change.UNCHANGED:
-                period = outcome.entry.timestamp
-                changed.add(TimeRange(period, period + self._step))
+        changed = self._note_stored(outcomes, asked_at, looked_at)
         for run in answer.empty:
             for part in asked.within(run):
                 self._note_empty(part, asked_at, looked_at)
@@ -443,28 +438,38 @@ class SeriesState(ISeriesView):
                 work.add(run)
         return work
 
-    def _note_stored(self, outcome: Stored, asked_at: int, looked_at: int) -> None:
-        entry = outcome.entry
-        period = TimeRange(entry.timestamp, entry.end)
+    def _note_stored(self, outcomes: Sequence[Stored], asked_at: int, looked_at: int) -> RangeSet:
+        """Entries are stored now; the periods whose entry is new or changed."""
         ledger = self._ledger
-        self._stored.add(period)
-        self._stored_meanwhile.add(period)
-        self._drop(ledger.empty, period)
-        self._no_longer_suspect(period)
-        final = looked_at - entry.end >= LOOKS_MS[-1]
-        if final:
-            self._due.remove(period)
-            self._add(ledger.verified, period)
-        else:
-            self._owe_next(period, asked_at, looked_at)
-        if entry.order_book is not None:
-            self._add(ledger.booked, period)
-            self._drop(ledger.bookless, period)
-        elif final and outcome.change is not Change.UNCHANGED and not self._storage.status.spooled:
-            # What is unchanged, or waits in the spool, may have been judged by memory alone, which
-            # holds no books.
-            self._drop(ledger.booked, period)
-            self._add(ledger.bookless, period)
+        stored, changed, booked = RangeSet(), RangeSet(), RangeSet()
+        for outcome in outcomes:
+            period = TimeRange(outcome.entry.timestamp, outcome.entry.end)
+            stored.add(period)
+            if outcome.change is not Change.UNCHANGED:
+                changed.add(period)
+            if outcome.entry.order_book is not None:
+                booked.add(period)
+        old = self._final_before(looked_at)
+        for run in stored:
+            self._stored.add(run)
+            self._stored_meanwhile.add(run)
+            self._drop(ledger.empty, run)
+            self._no_longer_suspect(run)
+            final = TimeRange(run.start, min(run.end, old))
+            self._due.remove(final)
+            self._add(ledger.verified, final)
+            self._owe_next(TimeRange(max(run.start, old), run.end), asked_at, looked_at)
+        for run in booked:
+            self._add(ledger.booked, run)
+            self._drop(ledger.bookless, run)
+        # What is unchanged, or waits in the spool, may have been judged by memory alone, which
+        # holds no books.
+        if not self._storage.status.spooled:
+            for run in changed:
+                for bare in booked.missing(TimeRange(run.start, min(run.end, old))):
+                    self._drop(ledger.booked, bare)
+                    self._add(ledger.bookless, bare)
+        return changed
 
     def _note_empty(self, run: TimeRange, asked_at: int, looked_at: int) -> None:
         """The periods of ``run`` were proven to be without a candle."""

@@ -461,15 +461,10 @@ class LocalFileStorage(IRawDataStorage):
     def _paths(
         exchange_name: str, coin_symbol: str, timestamps: Sequence[Timestamp], interval: str
     ) -> list[tuple[int, str]]:
-        return [
-            (
-                to_milliseconds(timestamp),
-                StoragePathUtility.get_raw_data_path(
-                    exchange_name, coin_symbol, timestamp, interval=interval
-                ),
-            )
-            for timestamp in timestamps
-        ]
+        paths = StoragePathUtility.get_raw_data_paths(
+            exchange_name, coin_symbol, timestamps, interval=interval
+        )
+        return list(zip(map(to_milliseconds, timestamps), paths, strict=True))
 
     def _read(
         self, folder: Folder, name: str, timestamp: int, decode: Decode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from historical.fetcher import MOST_SOURCE_PERIODS, HistoricalFetcher
 from historical.interfaces import ResolvedSeries
 from reconciliation.reconciler import Reconciler
 from storage.manager import StorageManagerImpl
+from tests.support.clock import settle_loop
 from tests.support.collecting import Collecting
 from tests.support.market import BTC_5M, FIVE, HOUR, T0, candle, candles, entry
 
@@ -39,6 +41,14 @@ def aggregate(parts: Sequence[Candle], timestamp: int) -> Candle:
 
 def fetcher(world: Collecting) -> HistoricalFetcher:
     return HistoricalFetcher(world.storage, world.reconciler, world.clock)
+
+
+def asked_hours(world: Collecting) -> list[tuple[float, float]]:
+    """What was asked for, in hours from ``T0`` on."""
+    return [
+        ((asked.range.start - T0) / HOUR, (asked.range.end - T0) / HOUR)
+        for asked in world.exchange.asked
+    ]
 
 
 async def test_a_range_that_is_stored_comes_from_storage_and_asks_nobody() -> None:
@@ -83,6 +93,67 @@ async def test_only_what_storage_lacks_is_fetched_and_it_is_kept() -> None:
     assert (page.from_storage, page.from_exchange) == (12, 12)
     assert [asked.range for asked in world.exchange.asked] == [TimeRange(T0 + HOUR, T0 + 2 * HOUR)]
     assert len(await world.stored()) == 24
+
+
+async def test_of_a_range_with_stored_runs_inside_only_the_runs_between_are_asked_for() -> None:
+    world = Collecting()
+    world.exchange.history_page = 12
+    world.assemble()
+    async with world.running():
+        for hours in ((1, 2), (3, 5)):
+            stored = TimeRange(T0 + hours[0] * HOUR, T0 + hours[1] * HOUR)
+            await fetcher(world).fetch_data(RESOLVED, stored)
+        world.exchange.asked.clear()
+        page = await fetcher(world).fetch_data(RESOLVED, TimeRange(T0, T0 + 6 * HOUR))
+    assert list(page.candles) == candles(T0, 72)
+    assert (page.from_storage, page.from_exchange) == (36, 36)
+    assert asked_hours(world) == [(5, 6), (2, 3), (0, 1)]
+
+
+async def test_clients_that_ask_for_the_same_at_once_cause_one_set_of_requests() -> None:
+    world = Collecting()
+    world.exchange.history_page = 12
+    world.assemble()
+    async with world.running():
+        first, second = await asyncio.gather(
+            *(fetcher(world).fetch_data(RESOLVED, TWO_HOURS) for _ in range(2))
+        )
+    assert asked_hours(world) == [(1, 2), (0, 1)]
+    assert list(first.candles) == candles(T0, 24)
+    assert second == first
+
+
+async def test_a_client_that_leaves_ends_nothing_for_the_one_that_waits_for_the_same() -> None:
+    world = Collecting()
+    world.exchange.history_page = 12
+    world.assemble()
+    world.exchange.gate.clear()
+    async with world.running():
+        leaving, staying = (
+            asyncio.create_task(fetcher(world).fetch_data(RESOLVED, TWO_HOURS)) for _ in range(2)
+        )
+        await settle_loop()
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        world.exchange.gate.set()
+        page = await staying
+    assert leaving.cancelled()
+    assert asked_hours(world) == [(1, 2), (0, 1)]
+    assert list(page.candles) == candles(T0, 24)
+
+
+async def test_what_two_clients_ask_for_at_once_is_fetched_once_where_it_overlaps() -> None:
+    world = Collecting()
+    world.exchange.history_page = 12
+    world.assemble()
+    async with world.running():
+        older, newer = await asyncio.gather(
+            fetcher(world).fetch_data(RESOLVED, TimeRange(T0, T0 + 3 * HOUR)),
+            fetcher(world).fetch_data(RESOLVED, TimeRange(T0 + HOUR, T0 + 4 * HOUR)),
+        )
+    assert sorted(asked_hours(world)) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert list(older.candles) == candles(T0, 36)
+    assert list(newer.candles) == candles(T0 + HOUR, 36)
 
 
 async def test_what_overlaps_is_there_once_and_as_the_exchange_corrected_it() -> None:

@@ -370,6 +370,45 @@ async def test_a_market_that_the_exchange_refuses_is_an_error_of_the_report() ->
     assert isinstance(report.error, ExchangeRefused)
 
 
+@pytest.mark.parametrize("away", [False, True])
+async def test_a_page_proves_what_its_periods_prove_one_by_one(away: bool, tmp_path: Path) -> None:
+    """Of old and young periods, with and without books, stored before, corrected, and empty, and
+    also while storage is away."""
+    everything = TimeRange(T0, T0 + 2 * HOUR)
+    known: list[tuple[list[tuple[int, TimeRange | None]], bytes | None]] = []
+    for page in (36, 1):
+        # The looks at what ended an hour ago or longer are over.
+        world = World(now=everything.end + 10_000)
+        spool = Spool(tmp_path / str(page))
+        await spool.open()
+        world.storage = StorageManagerImpl(world.raw, spool=spool)
+        world.exchange.history_page = page
+        world.trade(40, holes=(5, 20))
+        world.state = SeriesState(BTC_5M, "BTC/USD", world.storage, world.clock)
+        for at in (10, 13):
+            world.state.note_book(T0 + at * FIVE, book(T0 + (at + 1) * FIVE))
+        await world.settle(T0 + 8 * FIVE, T0 + 16 * FIVE)
+        corrected = [candle(T0 + at * FIVE, close=100.25) for at in (9, 14, 15)]
+        world.exchange.put("BTC/USD", "5m", corrected)
+        # The books in hand are lost.
+        world.state = SeriesState(BTC_5M, "BTC/USD", world.storage, world.clock)
+        await world.state.load(everything)
+        await world.clock.advance(6 * MINUTE)
+        world.raw.fail_with = StorageUnavailable("away") if away else None
+        looks: list[tuple[int, TimeRange | None]] = []
+        await world.settle(end=everything.end)
+        while (due := world.state.next_look_at()) is not None and len(looks) < 40:
+            looks.append((due, world.state.looks_due()))
+            await world.clock.advance(max(MINUTE, due - world.clock.now_ms()))
+            await world.settle(end=everything.end)
+        world.raw.fail_with = None
+        await world.state.save()
+        assert world.state.booked_count(everything) == 2
+        known.append((looks, await world.raw.read_blob("ledger/crypto.com/BTC/5m.json")))
+        await spool.close()
+    assert known[0] == known[1]
+
+
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("pass"), st.integers(1, 40)),

@@ -82,6 +82,16 @@ def test_a_time_that_no_name_can_carry_is_refused_with_what_would_be_right(
         path_of("crypto.com", "BTC", timestamp)
 
 
+def test_paths_of_many_entries_are_those_of_each_in_the_same_order() -> None:
+    moments: list[int | datetime] = [1_700_006_400_000, 0, datetime(2026, 1, 1, tzinfo=UTC)]
+    assert StoragePathUtility.get_raw_data_paths(
+        "crypto.com", "BTC/EUR", moments, interval="1m"
+    ) == [
+        StoragePathUtility.get_raw_data_path("crypto.com", "BTC/EUR", moment, interval="1m")
+        for moment in moments
+    ]
+
+
 def test_an_interval_that_does_not_exist_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="use one of"):
         path_of("crypto.com", "BTC", 0, interval="7m")
