@@ -50,11 +50,11 @@ def changes(path: Path) -> dict[int, dict[str, Any]]:
 async def test_the_last_thousand_changes_stay_in_the_history_and_older_ones_in_the_audit(
     manager: TargetManager, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await change(manager, 500)
+    await change(manager, 300)
     # The worst case for the last thousand: the table is opened again and again, and whatever left
     # it may be removed at once.
     monkeypatch.setattr("target_management.upkeep._RETENTION_HOURS", 0)
-    for first in range(500, 1_500, 10):
+    for first in range(300, 1_300, 10):
         again = TargetManager("local", str(path), None, ManualClock(NOW))
         await again.open()
         await again.add_target(BTC)
@@ -71,11 +71,11 @@ async def test_the_last_thousand_changes_stay_in_the_history_and_older_ones_in_t
     # Whatever was moved, no version of the table is without its entry.
     assert sorted(everything) == list(range(max(kept) + 1))
     by = [entry["by"] for _, entry in sorted(everything.items()) if "target_id" in entry]
-    assert by == ["alice", *(f"bot {number}" for number in range(1_500))]
+    assert by == ["alice", *(f"bot {number}" for number in range(1_300))]
     # The log is as short as it should be, and the table as it was.
     assert len(list((path / "_delta_log").glob("*.json"))) <= KEPT + 300
     (held,) = await manager.list_targets()
-    assert held.since == NOW + 1_500
+    assert held.since == NOW + 1_300
 
 
 async def test_who_opened_the_table_before_upkeep_still_reads_it(
