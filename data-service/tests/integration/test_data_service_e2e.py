@@ -229,13 +229,15 @@ def lasting_azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurit
         yield azurite
 
 
-@pytest.fixture(params=["local", "azure"])
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, tmp_path: Path, container: str) -> Backend:
     if request.param == "local":
         return LocalFolder(tmp_path)
     return AzureContainer(request.getfixturevalue("lasting_azurite"), container)
 
 
+# Processes that share the tests get as many of each backend, of which one takes longer.
+@pytest.mark.parametrize("backend", ["local", "azure"], indirect=True)
 @pytest.mark.parametrize("exchange", BUILT_IN_EXCHANGES)
 async def test_a_coin_is_kept_and_told_whatever_its_exchange_and_its_storage_do(
     exchange: str, backend: Backend, tmp_path: Path
