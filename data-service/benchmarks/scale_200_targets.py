@@ -154,7 +154,7 @@ class World:
 
     async def until_settled(self) -> None:
         """Until every target is live and every period that has closed by then is stored."""
-        token = await self.running.token()
+        token = self.running.token()
         async with asyncio.timeout(PATIENCE_S), self.running.http(token) as client:
             while True:
                 targets = (await client.get("/api/v1/coins")).json()["targets"]

@@ -77,7 +77,7 @@ async def soak(folder: Path, hours: float, speed: float) -> int:
     }
     async with (
         stack(folder, market_clock(NOON, speed), **settings) as running,
-        running.websocket(await running.token()) as socket,
+        running.websocket(running.token()) as socket,
     ):
         feed = Feed(socket)
         await subscribe(feed)

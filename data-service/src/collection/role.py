@@ -71,6 +71,7 @@ class CollectorRole:
 
     async def run(self) -> None:
         """Take and keep the lock until cancelled."""
+        unsure = False
         while True:
             await self._clock.sleep_real(
                 RETRY_S if self._trouble is not None else self._lock.renew_every_s
@@ -80,8 +81,12 @@ class CollectorRole:
             except DataServiceError as exc:
                 if self._trouble is None:
                     log.warning("collector_role_unsure", error=exc.message)
+                    unsure = True
                 self._trouble = exc.message
             else:
+                if unsure:
+                    log.info("collector_role_sure")
+                    unsure = False
                 self._trouble = None
 
     async def _try(self) -> None:

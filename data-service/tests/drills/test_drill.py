@@ -224,7 +224,7 @@ async def collecting(
         sandbox_arguments=("--replay", str(folder / "record")),
         EXCHANGE_QUOTES="USD,BTC",
     ) as running:
-        async with running.http(await running.token()) as client:
+        async with running.http(running.token()) as client:
             for series in serieses:
                 asked = {"coin": series.coin, "interval": series.interval}
                 added = await client.post("/api/v1/coins", json={**asked, "since": since})
@@ -261,7 +261,7 @@ async def test_whatever_happens_what_is_stored_and_told_is_what_the_exchange_say
     recorded = record(tmp_path / "record")
     schedule = make_schedule(SEED, FORM, recorded, START)
     async with collecting(tmp_path, recorded, since=schedule.since) as running:
-        token = await running.token()
+        token = running.token()
         subscribers = [
             Subscriber(running, token, series, resumes)
             for series in recorded

@@ -13,12 +13,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from azure.storage.blob import ContainerClient
 
 from tests.support.azurite import Azurite, running_azurite
+from tests.support.clients import row_of
 from tests.support.processes import Feed, Stack, market_clock, stack, until
+from tests.support.sandbox_rest import candles
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -82,28 +83,11 @@ def stored(azurite: Azurite) -> dict[int, dict[str, Any]]:
         return found
 
 
-async def as_the_exchange_says(running: Stack, start: int, end: int) -> dict[int, list[float]]:
-    async with httpx.AsyncClient(base_url=running.sandbox_url) as client:
-        answer = await client.get(
-            "/exchange/v1/public/get-candlestick",
-            params={"instrument_name": "BTC_USD", "timeframe": "1m", "start_ts": start,
-                    "end_ts": end, "count": 300},
-        )  # fmt: skip
-    return {
-        row["t"]: [float(row[key]) for key in "ohlcv"]
-        for row in answer.raise_for_status().json()["result"]["data"]
-        if start <= row["t"] < end
-    }
-
-
 async def check_all_stored(running: Stack, azurite: Azurite, start: int, end: int) -> None:
     documents = await asyncio.to_thread(stored, azurite)
-    truth = await as_the_exchange_says(running, start, end)
+    truth = await candles(running.sandbox_url, "crypto.com", "BTC/USD", start, end)
     assert len(truth) == (end - start) // MINUTE
-    values = ("open", "high", "low", "close", "volume")
-    assert {
-        at: [documents[at][name] for name in values] for at in documents if start <= at < end
-    } == truth
+    assert {at: row_of(documents[at]) for at in documents if start <= at < end} == truth
 
 
 async def state_of_storage(feed: Feed) -> str:
@@ -134,7 +118,7 @@ async def test_an_outage_of_the_storage_loses_nothing_and_keeps_the_order(
     tmp_path: Path, azurite: Azurite
 ) -> None:
     async with collecting(tmp_path, azurite) as running:
-        token = await running.token()
+        token = running.token()
         async with running.websocket(token) as socket:
             feed = Feed(socket)
             first = await subscribe(feed)
@@ -180,12 +164,13 @@ async def test_what_waits_survives_a_kill_in_the_middle_of_an_outage(
     tmp_path: Path, azurite: Azurite
 ) -> None:
     async with collecting(tmp_path, azurite) as running:
-        token = await running.token()
+        token = running.token()
         async with running.websocket(token) as socket:
             feed = Feed(socket)
             first = await subscribe(feed)
             next_open = await follow(feed, first, 1)
             azurite.stop()
+            await until(lambda: not_ready(running), within_s=5)
             lost_from = next_open
             next_open = await follow(feed, next_open, 3)
             await running.kill_service()

@@ -7,22 +7,23 @@ at the end is read from disk by this file alone and compared with the record.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import websockets
-from mcp import ClientSession
-from mcp.client.streamable_http import streamable_http_client
 
-from tests.support.market import DAY, MINUTE
+from config import BUILT_IN_EXCHANGES
+from tests.support.azurite import Azurite, running_azurite
+from tests.support.backends import AzureContainer, Backend, Document, LocalFolder
+from tests.support.clients import Agent, Subscriber, agent, row_of, subscriber
+from tests.support.market import DAY, HOUR, MINUTE
 from tests.support.processes import (
     SECRET,
     Feed,
@@ -30,11 +31,13 @@ from tests.support.processes import (
     clean_environment,
     line_with,
     market_clock,
+    run,
     stack,
     stop,
     until,
 )
 from tests.support.records import Record, from_sample, generated
+from tests.support.sandbox_rest import Rows, candles
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -43,7 +46,12 @@ if os.environ.get("CB_TRADE_SAMPLE_DATA"):
     RECORDS["ETH_BTC-5m"] = lambda _: from_sample("ETH_BTC-5m", days=14)
     RECORDS["UNITTEST_BTC-1m"] = lambda _: from_sample("UNITTEST_BTC-1m", days=9)
 # Real seconds that one period of the record takes.
-PERIOD_S = 3.0
+PERIOD_S = 1.5
+NOON = 1_763_985_600_000  # 2025-11-24T12:00:00Z
+# A minute of the market takes a real second.
+SPEED = 60
+# Volumes of a forming candle are sums of its trades.
+VOLUME_ROUNDING = 1e-9
 
 
 def stored_rows(running: Stack, record: Record) -> dict[int, tuple[float, ...]]:
@@ -81,64 +89,17 @@ async def replaying(folder: Path, record: Record) -> AsyncIterator[Stack]:
         yield running
 
 
-async def add_by_agent(running: Stack, token: str, record: Record) -> dict[str, Any]:
-    """Add the coin as an agent does: over MCP, with the official client."""
-    async with (
-        running.http(token) as client,
-        streamable_http_client(f"{running.url}/mcp", http_client=client) as (read, write, _),
-        ClientSession(read, write) as session,
-    ):
-        await session.initialize()
-        tools = {tool.name for tool in (await session.list_tools()).tools}
-        assert {"add_coin", "list_coins", "get_historical_data", "get_current_data"} <= tools
-        result = await session.call_tool(
-            "add_coin", {"coin": record.coin, "interval": record.interval}
-        )
-        assert not result.isError, result.content
-        (content,) = result.content
-        assert content.type == "text"
-        answer: dict[str, Any] = json.loads(content.text)
-        return answer
-
-
-async def read_history(feed: Feed, record: Record, start: int, end: int) -> dict[str, Any]:
-    """Ask for a range in chunks; the rows by time, with what the completion said."""
-    await feed.send(
-        type="request_historical",
-        request_id="history",
-        coin=record.coin,
-        interval=record.interval,
-        start=start,
-        end=end,
-        chunk_size=1000,
-    )
-    rows: dict[int, tuple[float, ...]] = {}
-    index = 0
-    while True:
-        message = await feed.next("historical_data_chunk", "historical_data_complete", "error")
-        assert message["type"] != "error", message
-        assert message["request_id"] == "history"
-        if message["type"] == "historical_data_complete":
-            assert message["chunks"] == index
-            assert message["count"] == len(rows)
-            return {"rows": rows, "gaps": message["gaps"], "chunks": index}
-        assert message["index"] == index
-        assert message["columns"][0] == "timestamp"
-        assert len(message["rows"]) <= 1000
-        for at, *values in message["rows"]:
-            assert at not in rows
-            rows[at] = tuple(values)
-        index += 1
-
-
 @pytest.mark.parametrize("name", sorted(RECORDS))
 async def test_a_recorded_series_flows_from_the_exchange_to_agents_clients_and_disk(
     name: str, tmp_path: Path
 ) -> None:
     record = RECORDS[name](tmp_path / "record")
     async with replaying(tmp_path, record) as running:
-        token = await running.token()
-        added = await add_by_agent(running, token, record)
+        _, (token,), _ = await run("token", "--subject", "bot", folder=tmp_path, **running.settings)
+        async with agent(running, token) as bot:
+            tools = {"add_coin", "list_coins", "get_historical_data", "get_current_data"}
+            assert tools <= await bot.tools()
+            added = await bot.call("add_coin", coin=record.coin, interval=record.interval)
         assert added["status"] == "added"
         since = added["target"]["since"]
         assert since == (running.clock.now_ms() - record.days * DAY) // record.step * record.step
@@ -149,14 +110,13 @@ async def test_a_recorded_series_flows_from_the_exchange_to_agents_clients_and_d
             subscribed = await feed.next("subscribed")
             next_open = subscribed["last_closed"] + record.step
 
-            history = await read_history(feed, record, since, next_open)
-            assert history["rows"] == record.between(since, next_open)
-            assert history["chunks"] >= 1
-            holes = {
-                at for gap in history["gaps"] for at in range(gap["start"], gap["end"], record.step)
-            }
-            assert holes == set(range(since, next_open, record.step)) - set(record.rows)
-            assert {gap["reason"] for gap in history["gaps"]} <= {"no_trades"}
+            history = await feed.history(
+                since, next_open, coin=record.coin, interval=record.interval
+            )
+            assert history.rows == record.between(since, next_open)
+            assert history.chunks >= 1
+            holes = set(range(since, next_open, record.step)) - set(record.rows)
+            assert history.missing(record.step) == dict.fromkeys(holes, "no_trades")
 
             told = await follow(feed, record, next_open, periods=4)
             assert told == next_open + 4 * record.step
@@ -229,47 +189,282 @@ async def invented(folder: Path, *, seconds_a_minute: float = 2.0) -> AsyncItera
         yield running
 
 
-async def test_forming_candles_still_arrive_when_rest_answers_503(tmp_path: Path) -> None:
-    async with invented(tmp_path) as running:
-        token = await running.token()
-        async with running.websocket(token) as socket:
-            feed = Feed(socket)
-            await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
-            await feed.next("subscribed")
-            await feed.next_closed()
-            (fault,) = await running.fault({"kind": "rest_status", "status": 503})
-            forming = await feed.next_forming()
-            period = forming["timestamp"]
-            while forming["timestamp"] < period + 3 * MINUTE:
-                forming = await feed.next_forming()
-            assert (await running.hits())[fault] > 0
-            # When it answers again, everything that it swallowed is told, in order or late.
-            await running.clear_faults()
-            wanted = {period, period + MINUTE, period + 2 * MINUTE}
-            while wanted:
-                data = await feed.next_closed()
-                wanted.discard(data.get("timestamp", 0))
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A coin that a service keeps on a backend, and what its exchange says of it."""
+
+    running: Stack
+    backend: Backend
+    exchange: str
+    market: str
+    since: int
+
+    async def truth(self, start: int, end: int, *, market: str = "") -> Rows:
+        return await candles(
+            self.running.sandbox_url, self.exchange, market or self.market, start, end
+        )
+
+    async def stored(self, start: int, end: int) -> dict[int, Document]:
+        """What the backend itself holds of a range."""
+        documents = await self.backend.documents(self.exchange, "BTC")
+        return {at: documents[at] for at in sorted(documents) if start <= at < end}
+
+    async def check_stored(self, start: int, end: int) -> None:
+        stored = await self.stored(start, end)
+        assert {at: row_of(document) for at, document in stored.items()} == await self.truth(
+            start, end
+        )
+
+    async def has_written_all(self) -> bool:
+        """Whether the storage takes everything, and nothing waits for it."""
+        return await self.running.readiness() == (
+            200, {"status": "ready", "reasons": [], "warnings": []}
+        )  # fmt: skip
 
 
-async def test_closed_candles_still_arrive_when_the_socket_is_mute(tmp_path: Path) -> None:
-    async with invented(tmp_path) as running:
-        token = await running.token()
-        async with running.websocket(token) as socket:
-            feed = Feed(socket)
-            await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
-            await feed.next("subscribed")
-            first = await feed.next_closed()
-            (fault,) = await running.fault({"kind": "mute_sockets"})
-            closed = [await feed.next_closed() for _ in range(3)]
-            assert [data["timestamp"] for data in closed] == [
-                first["timestamp"] + at * MINUTE for at in (1, 2, 3)
-            ]
-            assert (await running.hits())[fault] > 0
+@pytest.fixture(scope="module")
+def lasting_azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    """An emulator that may be stopped and started again."""
+    with running_azurite(tmp_path_factory.mktemp("azurite")) as azurite:
+        yield azurite
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, tmp_path: Path, container: str) -> Backend:
+    if request.param == "local":
+        return LocalFolder(tmp_path)
+    return AzureContainer(request.getfixturevalue("lasting_azurite"), container)
+
+
+# Processes that share the tests get as many of each backend, of which one takes longer.
+@pytest.mark.parametrize("backend", ["local", "azure"], indirect=True)
+@pytest.mark.parametrize("exchange", BUILT_IN_EXCHANGES)
+async def test_a_coin_is_kept_and_told_whatever_its_exchange_and_its_storage_do(
+    exchange: str, backend: Backend, tmp_path: Path
+) -> None:
+    settings = {
+        "EXCHANGES": exchange,
+        "BACKFILL_DAYS": "0.02",
+        "STATE_DIR": str(tmp_path / "state"),
+    }
+    async with (
+        stack(tmp_path, market_clock(NOON, SPEED), **settings, **backend.settings) as running,
+        agent(running, running.token()) as bot,
+    ):
+        market = await check_that_one_exchange_is_active(running, bot, exchange)
+        coin = await add(running, backend, bot, market)
+        async with AsyncExitStack() as clients:
+
+            async def join(**resume: int) -> Subscriber:
+                return await clients.enter_async_context(
+                    subscriber(running, running.token(), "BTC", **resume)
+                )
+
+            first, second = await join(), await join()
+            await check_that_what_closes_is_told_and_stored(coin, first, second)
+            await check_that_the_newest_is_told(coin, bot, first)
+            await lose_rest(coin, first)
+            third = await join(**{"from": first.first})
+            async with mute_sockets(coin, first):
+                await check_where_history_comes_from(coin, bot)
+                await lose_storage(coin, second)
+
+            # After all of it every client was told the same, and that is what is stored.
+            end = max(client.next_open for client in (first, second, third))
+            told = await coin.truth(coin.since, end)
+            for client in (first, second, third):
+                await client.until_told(end)
+                await client.until_closed({at for at in told if at >= client.first})
+                assert client.closed == {at: row for at, row in told.items() if at >= client.first}
+            await coin.check_stored(coin.since, end)
+        assert await running.stop_service() == 0
+        check_that_each_outage_was_logged_once(running.logs())
+
+
+async def check_that_one_exchange_is_active(running: Stack, bot: Agent, exchange: str) -> str:
+    """Only what is enabled is asked and can be asked for; the market that a coin means there."""
+    available = await bot.call("check_availability", coin="BTC")
+    (market,) = available["markets"]
+    assert (market["exchange"], market["collecting"]) == (exchange, False)
+    assert (available["available"], available["unreachable"]) == (True, [])
+    async with running.http(running.token("data:read")) as client:
+        for other in {*BUILT_IN_EXCHANGES} - {exchange}:
+            answer = await client.get(
+                "/api/v1/availability", params={"coin": "BTC", "exchange": other}
+            )
+            assert (answer.status_code, answer.json()["code"]) == (404, "unknown_exchange")
+    return str(market["market"])
+
+
+async def add(running: Stack, backend: Backend, bot: Agent, market: str) -> Kept:
+    """An agent adds the coin, which is filled at once."""
+    added = await bot.call("add_coin", coin="BTC", interval="1m")
+    assert added["status"] == "added"
+    target = added["target"]
+    assert target["market"] == market
+
+    async def is_live() -> bool:
+        (listed,) = (await bot.call("list_coins"))["targets"]
+        return bool(listed["state"] == "live")
+
+    await until(is_live)
+    return Kept(running, backend, target["exchange"], market, target["since"])
+
+
+async def check_that_what_closes_is_told_and_stored(coin: Kept, *clients: Subscriber) -> None:
+    """What closes reaches every client and the storage, as the exchange's REST has it."""
+    end = max(client.first for client in clients) + 2 * MINUTE
+    for client in clients:
+        await client.until_told(end)
+        told = {at: row for at, row in client.closed.items() if at < end}
+        assert told == await coin.truth(client.first, end) != {}
+    live = await coin.stored(clients[0].first, end)
+    assert {document["source"] for document in live.values()} == {"stream"}
+    await coin.check_stored(coin.since, end)
+
+
+async def check_that_the_newest_is_told(coin: Kept, bot: Agent, client: Subscriber) -> None:
+    """The most current data is the forming candle, or the one that has just closed."""
+    newest = client.next_open - MINUTE
+    told = (await bot.call("get_current_data", coin="BTC", interval="1m"))["data"]
+    at = told["timestamp"]
+    assert at >= newest
+    await client.until_told(at + MINUTE)
+    opened, high, low, close, volume = row_of(told)
+    rows = await coin.truth(at - MINUTE, at + MINUTE)
+    if told["closed"]:
+        assert row_of(told) == rows[at]
+    elif volume:
+        final = rows[at]
+        assert opened == final[0]
+        assert final[2] <= low <= close <= high <= final[1]
+        assert volume <= final[4] + VOLUME_ROUNDING
+    else:
+        # Nobody had traded yet: it stands where the one before it closed.
+        assert {opened, high, low, close} == {rows[at - MINUTE][3]}
+
+
+async def lose_rest(coin: Kept, client: Subscriber) -> None:
+    """REST answers 503: forming candles go on, what is stored is served, and what closes
+    meanwhile is told later."""
+    running = coin.running
+    (fault,) = await running.fault({"kind": "rest_status", "status": 503})
+    lost = client.next_open
+    await client.until_forming(lost + 3 * MINUTE)
+    assert (await running.hits())[fault] > 0
+    async with running.websocket(running.token("data:read")) as socket:
+        served = await Feed(socket).history(coin.since, client.first, coin="BTC", interval="1m")
+    assert served.sources == {"storage": len(served.rows), "exchange": 0}
+    assert (await running.readiness())[0] == 200
+    await running.clear_faults()
+    assert served.rows == await coin.truth(coin.since, client.first)
+    swallowed = await coin.truth(lost, lost + 3 * MINUTE)
+    async with running.http(running.token("data:read")) as http:
+
+        async def answers() -> bool:
+            page = await http.get(
+                "/api/v1/history",
+                params={"coin": "BTC", "interval": "1m", "start": lost, "end": lost + 3 * MINUTE},
+            )
+            return {at: tuple(values) for at, *values in page.json()["rows"]} == swallowed
+
+        # Asking is what finds out that the exchange answers again.
+        await until(answers)
+    await client.until_closed(set(swallowed))
+    assert {at: client.closed[at] for at in swallowed} == swallowed
+
+
+@asynccontextmanager
+async def mute_sockets(coin: Kept, client: Subscriber) -> AsyncIterator[None]:
+    """The socket stands and says nothing: what closes is told all the same, and in time it is
+    noticed and connected anew."""
+    (fault,) = await coin.running.fault({"kind": "mute_sockets"})
+    start = client.next_open
+    await client.until_told(start + 3 * MINUTE)
+    yield
+    await client.until_status("feed", "reconnecting")
+    assert (await coin.running.hits())[fault] > 0
+    await coin.running.clear_faults()
+    await client.until_status("feed", "connected")
+    end = client.next_open
+    await client.until_forming(end)
+    told = await coin.truth(start, end)
+    await client.until_closed(set(told))
+    assert {at: client.closed[at] for at in told} == told
+
+
+async def check_where_history_comes_from(coin: Kept, bot: Agent) -> None:
+    """From storage what is stored, from the exchange what is not, which is kept from then on."""
+    span = 20 * MINUTE
+    wanted = {"coin": "BTC", "interval": "1m", "start": coin.since - span, "end": coin.since + span}
+    truth = await coin.truth(coin.since - span, coin.since + span)
+    older = [at for at in truth if at < coin.since]
+    assert 0 < len(older) < len(truth)
+    assert await coin.stored(coin.since - span, coin.since) == {}
+    for sources in (
+        {"storage": len(truth) - len(older), "exchange": len(older)},
+        {"storage": len(truth), "exchange": 0},
+    ):
+        page = await bot.call("get_historical_data", **wanted)
+        assert {at: tuple(values) for at, *values in page["rows"]} == truth
+        assert page["sources"] == sources
+        await coin.check_stored(coin.since - span, coin.since + span)
+
+    # Of a market that nobody collects the exchange alone knows; quiet minutes of it are told.
+    market, start = f"CRO/{coin.market.split('/')[1]}", coin.since - DAY
+    truth = await coin.truth(start, start + 2 * HOUR, market=market)
+    async with coin.running.websocket(coin.running.token("data:read")) as socket:
+        history = await Feed(socket).history(
+            start, start + 2 * HOUR, chunk_size=50, coin="CRO", interval="1m"
+        )
+    assert history.rows == truth
+    assert history.sources == {"storage": 0, "exchange": len(truth)}
+    holes = set(range(start, start + 2 * HOUR, MINUTE)) - set(truth)
+    assert history.missing(MINUTE) == dict.fromkeys(holes, "no_trades")
+    # Binance alone has a flat candle where nobody traded.
+    assert (holes == set()) == (coin.exchange == "binance")
+
+
+async def lose_storage(coin: Kept, client: Subscriber) -> None:
+    """The storage is away: the service says so, refuses what needs it, goes on telling what
+    closes, and has lost nothing when it is back."""
+    running = coin.running
+    lost = running.clock.now_ms() // MINUTE * MINUTE
+    await coin.backend.go_away()
+
+    async def says_why() -> bool:
+        status, said = await running.readiness()
+        return status == 503 and any(why.startswith("storage") for why in said["reasons"])
+
+    await until(says_why, within_s=5)
+    await client.until_status("storage", "degraded")
+    await client.until_told(lost + 3 * MINUTE)
+    async with running.http(running.token()) as http:
+        refused = await http.get(
+            "/api/v1/history",
+            params={"coin": "BTC", "interval": "1m", "start": coin.since, "end": lost},
+        )
+        assert (refused.status_code, refused.json()["code"]) == (503, "storage_unavailable")
+    await coin.backend.come_back()
+    await client.until_status("storage", "connected")
+    await until(coin.has_written_all)
+
+
+def check_that_each_outage_was_logged_once(logs: str) -> None:
+    events = (
+        "exchange_cannot_be_asked", "exchange_answers_again",
+        "feed_lost", "feed_restored",
+        "storage_is_away", "storage_is_back",
+    )  # fmt: skip
+    assert {event: logs.count(event) for event in events} == dict.fromkeys(events, 1)
+    # A short outage may fall between two looks at the lock.
+    assert logs.count("collector_role_unsure") == logs.count("collector_role_sure") <= 1
+    assert "Traceback" not in logs
 
 
 async def test_bad_input_is_answered_as_documented_and_adds_nothing(tmp_path: Path) -> None:
     async with invented(tmp_path) as running:
-        token, reader = await running.token(), await running.token("data:read")
+        token, reader = running.token(), running.token("data:read")
         now = running.clock.now_ms()
         async with running.http(token) as client:
             for status, code, answer in (

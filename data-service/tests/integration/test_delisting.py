@@ -36,7 +36,7 @@ async def test_a_delisted_market_is_a_state_disturbs_no_other_and_comes_back_com
     tmp_path: Path,
 ) -> None:
     async with stack(tmp_path, market_clock(START, SPEED), BACKFILL_DAYS="0.02") as running:
-        token = await running.token()
+        token = running.token()
 
         async def in_state(coin: str, state: str) -> bool:
             return bool((await targets(running, token))[coin]["state"] == state)

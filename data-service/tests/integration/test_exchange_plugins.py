@@ -37,7 +37,7 @@ async def test_an_installed_exchange_serves_beside_the_built_in_one_and_a_broken
         assert "exchange=broken" in left_out
         assert "package='broken-exchange 1.0'" in left_out
         assert "No module named 'nowhere_to_be_found'" in left_out
-        async with running.http(await running.token()) as client:
+        async with running.http(running.token()) as client:
             available = await client.get("/api/v1/availability", params={"coin": "BTC"})
             assert [market["exchange"] for market in available.json()["markets"]] == [
                 "example", "crypto.com",

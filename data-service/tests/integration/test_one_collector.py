@@ -32,8 +32,8 @@ async def beside(first: Stack) -> AsyncIterator[Stack]:
 async def test_a_second_service_serves_what_is_stored_and_takes_over_when_the_first_is_gone(
     tmp_path: Path,
 ) -> None:
-    async with stack(tmp_path, market_clock(1_763_985_600_000, 30), BACKFILL_DAYS="0.04") as first:
-        token = await first.token()
+    async with stack(tmp_path, market_clock(1_763_985_600_000, 60), BACKFILL_DAYS="0.04") as first:
+        token = first.token()
         async with first.websocket(token) as socket:
             feed = Feed(socket)
             await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
@@ -105,8 +105,8 @@ async def test_a_root_of_the_other_kind_stops_the_start_with_one_line(tmp_path: 
 
 
 async def test_a_subscriber_of_a_service_that_stands_by_can_still_read(tmp_path: Path) -> None:
-    async with stack(tmp_path, market_clock(1_763_985_600_000, 30), BACKFILL_DAYS="0.04") as first:
-        token = await first.token()
+    async with stack(tmp_path, market_clock(1_763_985_600_000, 60), BACKFILL_DAYS="0.04") as first:
+        token = first.token()
         async with first.http(token) as client:
             (await client.post("/api/v1/coins", json={"coin": "BTC"})).raise_for_status()
         async with beside(first) as second, second.websocket(token) as socket:

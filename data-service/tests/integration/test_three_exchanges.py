@@ -80,7 +80,7 @@ async def test_every_channel_of_every_exchange_through_a_lost_connection_and_a_c
 ) -> None:
     settings = {"EXCHANGES": ",".join(BUILT_IN_EXCHANGES), "BACKFILL_DAYS": "0.5"}
     async with stack(tmp_path, market_clock(NOON, 60.0), **settings) as running:
-        token = await running.token()
+        token = running.token()
         async with running.websocket(token) as socket:
             listener = Listener(Feed(socket))
             await listener.subscribe()
@@ -94,7 +94,7 @@ async def test_every_channel_of_every_exchange_through_a_lost_connection_and_a_c
         newest = {exchange: max(listener.closed(exchange)) for exchange in BUILT_IN_EXCHANGES}
         await running.kill_service()
         await running.start_service()
-        async with running.websocket(await running.token()) as socket:
+        async with running.websocket(running.token()) as socket:
             again = Listener(Feed(socket))
             await again.subscribe(**newest)
             await again.until(lambda: again.has(1))

@@ -36,7 +36,7 @@ async def collected(folder: Path, *coins: str, **settings: str) -> AsyncIterator
     """A service that has collected an hour of some coins, and runs on."""
     clock = market_clock(START, 1)
     async with stack(folder, clock, BACKFILL_DAYS="0.0417", **settings) as running:
-        async with running.http(await running.token()) as client:
+        async with running.http(running.token()) as client:
             for coin in coins:
                 (await client.post("/api/v1/coins", json={"coin": coin})).raise_for_status()
 

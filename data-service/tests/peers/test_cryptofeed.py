@@ -37,7 +37,7 @@ async def test_it_sees_the_same_trades_as_a_subscriber_of_the_service(tmp_path: 
     ours: dict[str, list[dict[str, Any]]] = {market: [] for market in MARKETS}
     async with (
         stack(tmp_path, market_clock(NOON, 60.0), **settings) as running,
-        running.websocket(await running.token()) as socket,
+        running.websocket(running.token()) as socket,
     ):
         feed = Feed(socket)
         for market in MARKETS:

@@ -67,7 +67,7 @@ async def served(running: Stack, exchange: str, interval: str, start: int, end: 
     """What the service tells of the same market, page by page."""
     rows: Rows = {}
     at: int | None = start
-    async with running.http(await running.token()) as client:
+    async with running.http(running.token()) as client:
         while at is not None:
             answer = await client.get(
                 "/api/v1/history",

@@ -18,13 +18,15 @@ from typing import Any, Final
 import httpx
 import websockets
 
-from config import BUILT_IN_EXCHANGES
+from auth.module import issue_token
+from config import BUILT_IN_EXCHANGES, Settings
 from domain.clock import MarketClock
 
 SECRET: Final = "a-secret-of-the-tests-with-32-bytes-or-more"
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 20.0
 RUN_TIMEOUT_S: Final = 30.0
+TOKEN_S: Final = 86_400
 
 
 def market_clock(market_ms: int, speed: float) -> MarketClock:
@@ -183,18 +185,10 @@ class Stack:
         folder = self.storage_root / "raw_data" / exchange / coin_folder
         return [json.loads(path.read_bytes()) for path in sorted(folder.rglob("*.json"))]
 
-    async def token(self, scope: str = "data:read data:write") -> str:
-        """A token made by the command line."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "cli", "token", "--subject", "tester", "--scope", scope,
-            env=clean_environment(**self.settings),
-            cwd=self.folder,
-            stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        async with asyncio.timeout(START_TIMEOUT_S):
-            output, _ = await process.communicate()
-        assert process.returncode == 0
-        return output.decode().strip()
+    def token(self, scope: str = "data:read data:write") -> str:
+        """A token as the command line makes it."""
+        settings = Settings(_env_file=None, auth_secret=SECRET)
+        return issue_token(settings, subject="tester", scope=scope, ttl_s=TOKEN_S)
 
     async def readiness(self) -> tuple[int, dict[str, Any]]:
         """What ``/health/ready`` answers: the status, and what it says."""
@@ -210,6 +204,8 @@ class Stack:
         return websockets.connect(
             self.url.replace("http", "ws", 1) + "/ws/data",
             additional_headers={"Authorization": f"Bearer {token}"},
+            # One that is full would hold up the closing handshake until it is given up.
+            max_queue=None,
         )
 
     async def fault(self, *faults: dict[str, Any]) -> list[int]:
@@ -289,6 +285,22 @@ async def stack_to_start(
                 await running.stop_service()
 
 
+@dataclass(frozen=True, slots=True)
+class History:
+    """A range as it was streamed: values by time, what is missing, and where the rows came from."""
+
+    rows: dict[int, tuple[float, ...]]
+    gaps: list[dict[str, Any]]
+    sources: dict[str, int]
+    chunks: int
+
+    def missing(self, step: int) -> dict[int, str]:
+        """The periods that were told as missing, and why."""
+        return {
+            at: gap["reason"] for gap in self.gaps for at in range(gap["start"], gap["end"], step)
+        }
+
+
 class Feed:
     """A WebSocket client that reads messages by what they are."""
 
@@ -335,3 +347,27 @@ class Feed:
             if not message["data"]["closed"]:
                 data: dict[str, Any] = message["data"]
                 return data
+
+    async def history(
+        self, start: int, end: int, *, chunk_size: int = 1000, **wanted: Any
+    ) -> History:
+        """Ask for a range in chunks, and read it to its end."""
+        asked = {"start": start, "end": end, "chunk_size": chunk_size, "request_id": "history"}
+        await self.send(type="request_historical", **asked, **wanted)
+        rows: dict[int, tuple[float, ...]] = {}
+        chunks = 0
+        while True:
+            message = await self.next("historical_data_chunk", "historical_data_complete", "error")
+            assert message["type"] != "error", message
+            assert message["request_id"] == "history"
+            if message["type"] == "historical_data_complete":
+                assert (message["chunks"], message["count"]) == (chunks, len(rows))
+                return History(rows, message["gaps"], message["sources"], chunks)
+            assert message["index"] == chunks
+            assert message["columns"][0] == "timestamp"
+            assert 0 < len(message["rows"]) <= chunk_size
+            for at, *values in message["rows"]:
+                assert start <= at < end
+                assert at > max(rows, default=-1)
+                rows[at] = tuple(values)
+            chunks += 1

@@ -18,7 +18,7 @@ from typing import Final, Self
 from zlib import crc32
 
 from storage.implementations.staging import Staging, sweep
-from storage.path_utility import SERVICE_FOLDER
+from storage.path_utility import RAW_DATA, SERVICE_FOLDER
 
 _STAGING: Final = f"{SERVICE_FOLDER}/staging"
 _LOCKS: Final = f"{SERVICE_FOLDER}/locks"
@@ -46,6 +46,10 @@ _NO_FILE: Final = (errno.ELOOP, errno.ENXIO)
 
 class ForeignFile(Exception):
     """What lies at a path is none of our files: a link, a folder, a pipe, or too large."""
+
+
+class RootGone(Exception):
+    """The root that was opened is not at its path: its disk is not mounted, or it was moved."""
 
 
 class Replaced(Exception):
@@ -83,7 +87,12 @@ class Disk:
     written into a folder that this writer alone uses and then moved into place, which works
     beside other processes that write, and delete, in the same root.
 
-    Everything raises ``OSError`` as the system gives it, with the absolute path that it is about.
+    A root that was opened and is gone is neither empty nor made anew: what was written in its
+    place would be hidden by it when it is back. It is known by its folders, of which the place
+    where a disk is mounted has none.
+
+    Everything raises ``OSError`` as the system gives it, with the absolute path that it is about,
+    and ``RootGone``.
     """
 
     def __init__(self, root: Path) -> None:
@@ -92,11 +101,14 @@ class Disk:
         self._staging: Staging | None = None
         self._staging_lock = threading.Lock()
         self._locks = [threading.Lock() for _ in range(_LOCK_FILES)]
+        self._opened = False
         self._closed = False
 
     def open(self) -> None:
         """Make the root and remove what killed writers left in it."""
-        self.make_folder("").close()
+        self._opened = False
+        self.make_folder(SERVICE_FOLDER).close()
+        self._opened = True
         staging = self.open_folder(_STAGING)
         if staging is not None:
             with staging:
@@ -117,6 +129,7 @@ class Disk:
         try:
             return self._open_folder(self._absolute(path))
         except (FileNotFoundError, NotADirectoryError):
+            self._check_root()
             return None
 
     def names(self, folder: Folder) -> list[str]:
@@ -193,7 +206,7 @@ class Disk:
                 return self._open_folder(where)
             except (FileNotFoundError, NotADirectoryError):
                 # What is in the way may lie further up, and is told from there.
-                pass
+                self._check_root()
             if not path:
                 self._make_root()
                 continue
@@ -252,6 +265,7 @@ class Disk:
             descriptor = os.open(staged, _OPEN_NEW, 0o644)
         except FileNotFoundError:
             self._forget_staging(folder)
+            self._check_root()
             raise
         try:
             try:
@@ -347,6 +361,7 @@ class Disk:
         try:
             there = os.lstat(path)
         except FileNotFoundError:
+            self._check_root()
             return False
         return os.path.samestat(there, os.fstat(descriptor))
 
@@ -408,6 +423,12 @@ class Disk:
         self._real_root = os.path.realpath(self.root)
         if not _is_inside(real, self._real_root):
             raise OSError(errno.ELOOP, "leads out of the storage root through a link", path)
+
+    def _check_root(self) -> None:
+        """Say so when what is missing is the whole root."""
+        ours = map(self._absolute, (SERVICE_FOLDER, RAW_DATA))
+        if self._opened and not any(map(os.path.isdir, ours)):
+            raise RootGone
 
     def _make_root(self) -> None:
         missing = []

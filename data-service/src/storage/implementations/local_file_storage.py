@@ -20,7 +20,7 @@ from domain.interval import DEFAULT_INTERVAL
 from domain.time_range import TimeRange
 from storage.documents import check_page, encode_document, read_json
 from storage.implementations.collector_lock import COLLECTOR_LOCK, FileCollectorLock
-from storage.implementations.disk import Disk, Folder, ForeignFile, Replaced, version_of
+from storage.implementations.disk import Disk, Folder, ForeignFile, Replaced, RootGone, version_of
 from storage.interfaces import (
     Decode,
     Held,
@@ -117,7 +117,8 @@ class _Work:
 
 
 class LocalFileStorage(IRawDataStorage):
-    """A storage root in a local folder, made by ``open`` or when first written.
+    """A storage root in a local folder, made by ``open`` or when first written. One that was opened
+    and is gone is unavailable, never empty.
 
     Each operation is one visit to a thread of its own pool, so that a hanging disk blocks neither
     the event loop nor what else uses threads. An operation of many files is given up when it stands
@@ -445,6 +446,10 @@ class LocalFileStorage(IRawDataStorage):
             ) from exc
         except ForeignFile as exc:
             raise StorageError(f"{exc}; move it out of the storage root") from exc
+        except RootGone as exc:
+            raise StorageUnavailable(
+                f"{self._disk.root}: the storage root is gone: mount its disk, or put it back"
+            ) from exc
         except OSError as exc:
             named = isinstance(exc.filename, str) and os.path.isabs(exc.filename)  # noqa: PTH117
             where = exc.filename if named else f"{self._disk.root}/{path}".rstrip("/")

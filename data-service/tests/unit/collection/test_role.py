@@ -101,19 +101,23 @@ async def test_who_loses_the_root_to_another_stops_collecting(world: World) -> N
         assert world.steps == ["prepare", "begin", "end", "begin"]
 
 
-async def test_who_cannot_ask_for_the_lock_goes_on_and_is_told_of_once(world: World) -> None:
+async def test_who_cannot_ask_for_the_lock_goes_on_and_its_beginning_and_end_are_told_once(
+    world: World,
+) -> None:
     await world.role.start()
     with capture_logs() as logs:
         async with world.running():
             world.storage.fail_with = StorageUnavailable("the line is cut")
             await world.later()
+            await world.later()
             assert world.role.collecting
             assert world.role.trouble == "the line is cut"
             world.storage.fail_with = None
             await world.later()
+            await world.later()
             assert world.role.trouble is None
     assert world.steps == ["prepare", "begin"]
-    assert [log["event"] for log in logs] == ["collector_role_unsure"]
+    assert [log["event"] for log in logs] == ["collector_role_unsure", "collector_role_sure"]
 
 
 async def test_a_first_try_that_fails_says_why_and_is_tried_again(world: World) -> None:

@@ -88,34 +88,27 @@ async def collecting() -> AsyncIterator[Many]:
         yield world
 
 
-async def test_during_an_outage_the_exchange_is_probed_and_not_asked_by_every_target() -> None:
+@pytest.mark.parametrize(
+    "into_period_ms",
+    [pytest.param(MINUTE, id="between closes"), pytest.param(FIVE - MINUTE // 2, id="at a close")],
+)
+async def test_an_outage_costs_few_requests_and_a_minute_after_it_everything_is_stored(
+    into_period_ms: int,
+) -> None:
     async with collecting() as world:
+        # It is four minutes into a period; the outage begins so that it ends where it should.
+        now = world.clock.now_ms()
+        await world.live((into_period_ms - now - STEP_MS) % FIVE)
         await world.lose_exchange(STEP_MS)
-        # What was under way when it began has failed by now.
+        # What was under way when it began has failed by now: it is probed, and not asked by every
+        # target.
         world.begin_to_count()
         await world.lose_exchange(OUTAGE_MS)
         assert world.requests(ASKING) < COUNT / 2
         assert world.requests(CONNECTING) < COUNT / 2
 
-
-@pytest.mark.parametrize(
-    "into_period_ms",
-    [pytest.param(MINUTE, id="between closes"), pytest.param(FIVE - MINUTE // 2, id="at a close")],
-)
-async def test_the_minute_after_an_outage_costs_few_requests_a_target(into_period_ms: int) -> None:
-    async with collecting() as world:
-        # It is four minutes into a period; the outage begins so that it ends where it should.
-        now = world.clock.now_ms()
-        await world.live((into_period_ms - now) % FIVE)
-        await world.lose_exchange(OUTAGE_MS)
         world.begin_to_count()
         await world.live(MINUTE)
         assert world.requests(ASKING) <= MOST_A_TARGET * COUNT
         assert world.most_of_one_market() <= MOST_A_TARGET
-
-
-async def test_after_an_outage_everything_it_swallowed_is_stored_within_a_minute() -> None:
-    async with collecting() as world:
-        await world.lose_exchange(OUTAGE_MS)
-        await world.live(MINUTE)
         assert await world.missing() == []

@@ -12,7 +12,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,59 @@ async def test_a_root_that_is_not_there_is_not_made_by_who_only_reads(tmp_path: 
     finally:
         await storage.close()
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("in_its_place", ["nothing", "an empty folder"])
+async def test_a_root_that_is_gone_is_unavailable_never_empty_and_not_made_anew(
+    tmp_path: Path, in_its_place: str
+) -> None:
+    root, unmounted = tmp_path / "root", tmp_path / "unmounted"
+    storage = LocalFileStorage(root)
+    await storage.open()
+    lock = storage.collector_lock()
+    assert await lock.acquire()
+    await storage.save_entry("crypto.com", "BTC", NOON, {"close": 1})
+    root.rename(unmounted)
+    if in_its_place == "an empty folder":
+        root.mkdir()
+    things: list[Callable[[], Awaitable[Any]]] = [
+        storage.check_writable,
+        lambda: storage.get_entry("crypto.com", "BTC", NOON),
+        lambda: storage.get_range("crypto.com", "BTC", NOON, NOON + DAY),
+        lambda: storage.get_latest_entry("crypto.com", "BTC"),
+        lambda: storage.list_timestamps("crypto.com", "BTC", *EVER),
+        lambda: storage.list_coins("crypto.com"),
+        lambda: storage.save_entry("crypto.com", "BTC", NOON + DAY, {"close": 2}),
+        lambda: storage.read_blob("ledger/crypto.com/BTC/5m.json"),
+        lambda: storage.write_blob("ledger/crypto.com/BTC/5m.json", b"{}"),
+        lock.acquire,
+    ]
+    for thing in things:
+        with pytest.raises(StorageUnavailable, match=f"^{root}: the storage root is gone: mount"):
+            await thing()
+    if in_its_place == "an empty folder":
+        root.rmdir()
+    assert names_in(tmp_path) == ["unmounted"]
+
+    unmounted.rename(root)
+    assert lock.is_held
+    assert await lock.acquire()
+    await storage.save_entry("crypto.com", "BTC", NOON + DAY, {"close": 2})
+    assert await storage.get_range("crypto.com", "BTC", *EVER) == [{"close": 1}, {"close": 2}]
+    await lock.release()
+    await storage.close()
+
+
+async def test_a_root_whose_service_folder_alone_was_deleted_is_still_that_root(
+    tmp_path: Path,
+) -> None:
+    storage = LocalFileStorage(tmp_path)
+    await storage.open()
+    await storage.save_entry("crypto.com", "BTC", NOON, {"close": 1})
+    shutil.rmtree(tmp_path / ".cb-trade")
+    await storage.save_entry("crypto.com", "BTC", NOON + DAY, {"close": 2})
+    assert await storage.get_range("crypto.com", "BTC", *EVER) == [{"close": 1}, {"close": 2}]
+    await storage.close()
 
 
 @pytest.fixture
