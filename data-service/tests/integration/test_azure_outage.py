@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from azure.storage.blob import ContainerClient
 
 from tests.support.azurite import Azurite, running_azurite
 from tests.support.clients import row_of
+from tests.support.listing_proxy import as_azure_lists
 from tests.support.processes import Feed, Stack, market_clock, stack, until
 from tests.support.sandbox_rest import candles
 
@@ -33,17 +34,20 @@ OUTAGE_S = 20.0
 @asynccontextmanager
 async def collecting(folder: Path, azurite: Azurite) -> AsyncIterator[Stack]:
     """A service that keeps its documents on Azurite, and its targets and spool on the disk."""
-    async with stack(
-        folder,
-        market_clock(1_763_985_600_000, SPEED),
-        BACKFILL_DAYS="0.02",
-        STORAGE_TYPE="azure",
-        STORAGE_ROOT=CONTAINER,
-        AZURE_STORAGE_CONNECTION_STRING=azurite.connection_string,
-        TARGET_STORAGE_TYPE="local",
-        STATE_DIR=str(folder / "state"),
-    ) as running:
-        yield running
+    async with AsyncExitStack() as held:
+        connection_string = held.enter_context(as_azure_lists(azurite))
+        yield await held.enter_async_context(
+            stack(
+                folder,
+                market_clock(1_763_985_600_000, SPEED),
+                BACKFILL_DAYS="0.02",
+                STORAGE_TYPE="azure",
+                STORAGE_ROOT=CONTAINER,
+                AZURE_STORAGE_CONNECTION_STRING=connection_string,
+                TARGET_STORAGE_TYPE="local",
+                STATE_DIR=str(folder / "state"),
+            )
+        )
 
 
 @pytest.fixture
@@ -198,9 +202,10 @@ async def test_what_waits_survives_a_kill_in_the_middle_of_an_outage(
 
 
 async def test_a_wrong_key_stops_the_start_with_one_line(tmp_path: Path, azurite: Azurite) -> None:
-    wrong = azurite.connection_string.replace("AccountKey=Eby8", "AccountKey=AAAA")
     async with collecting(tmp_path, azurite) as running:
         await running.stop_service()
+        right = running.settings["AZURE_STORAGE_CONNECTION_STRING"]
+        wrong = right.replace("AccountKey=Eby8", "AccountKey=AAAA")
         running.settings["AZURE_STORAGE_CONNECTION_STRING"] = wrong
         with pytest.raises(AssertionError, match="ended with"):
             await running.start_service()
@@ -209,5 +214,5 @@ async def test_a_wrong_key_stops_the_start_with_one_line(tmp_path: Path, azurite
         assert "check the account's key" in log
         assert "Traceback" not in log
         assert "AAAA" not in log
-        running.settings["AZURE_STORAGE_CONNECTION_STRING"] = azurite.connection_string
+        running.settings["AZURE_STORAGE_CONNECTION_STRING"] = right
         await running.start_service()

@@ -23,6 +23,7 @@ from config import BUILT_IN_EXCHANGES
 from tests.support.azurite import Azurite, running_azurite
 from tests.support.backends import AzureContainer, Backend, Document, LocalFolder
 from tests.support.clients import Agent, Subscriber, agent, row_of, subscriber
+from tests.support.listing_proxy import as_azure_lists
 from tests.support.market import DAY, HOUR, MINUTE
 from tests.support.processes import (
     SECRET,
@@ -230,10 +231,13 @@ def lasting_azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurit
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest, tmp_path: Path, container: str) -> Backend:
+def backend(request: pytest.FixtureRequest, tmp_path: Path, container: str) -> Iterator[Backend]:
     if request.param == "local":
-        return LocalFolder(tmp_path)
-    return AzureContainer(request.getfixturevalue("lasting_azurite"), container)
+        yield LocalFolder(tmp_path)
+        return
+    azurite: Azurite = request.getfixturevalue("lasting_azurite")
+    with as_azure_lists(azurite) as connection_string:
+        yield AzureContainer(azurite, container, connection_string)
 
 
 # Processes that share the tests get as many of each backend, of which one takes longer.

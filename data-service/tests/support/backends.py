@@ -68,16 +68,17 @@ class LocalFolder(Backend):
 
 
 class AzureContainer(Backend):
-    """A container of an emulator that keeps what it holds over its stop."""
+    """A container of an emulator that keeps what it holds over its stop; a service has it by
+    ``connection_string``."""
 
-    def __init__(self, azurite: Azurite, container: str) -> None:
+    def __init__(self, azurite: Azurite, container: str, connection_string: str) -> None:
         self._azurite = azurite
         self._container = container
         super().__init__(
             {
                 "STORAGE_TYPE": "azure",
                 "STORAGE_ROOT": container,
-                "AZURE_STORAGE_CONNECTION_STRING": azurite.connection_string,
+                "AZURE_STORAGE_CONNECTION_STRING": connection_string,
             }
         )
 

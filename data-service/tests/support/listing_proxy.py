@@ -13,14 +13,23 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
 from xml.sax.saxutils import unescape
 
-from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector, web
+from aiohttp import (
+    ClientConnectionError,
+    ClientSession,
+    ClientTimeout,
+    DummyCookieJar,
+    TCPConnector,
+    web,
+)
 from yarl import URL
+
+from tests.support.azurite import ACCOUNT, Azurite, connection_string
 
 _STOP_TIMEOUT_S: Final = 10.0
 _PATHS: Final = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[2])]
@@ -42,7 +51,7 @@ def listing_from(listing: bytes, start_from: str) -> bytes:
 
 
 async def _forward(target: str, session: ClientSession, request: web.BaseRequest) -> web.Response:
-    async with session.request(
+    asked = session.request(
         request.method,
         URL(target + request.raw_path, encoded=True),
         headers=[
@@ -51,7 +60,15 @@ async def _forward(target: str, session: ClientSession, request: web.BaseRequest
         data=await request.read(),
         skip_auto_headers=("User-Agent", "Content-Type", "Accept", "Accept-Encoding"),
         allow_redirects=False,
-    ) as answer:
+    )
+    async with AsyncExitStack() as stack:
+        try:
+            answer = await stack.enter_async_context(asked)
+        except ClientConnectionError:
+            # As who is not there: no answer.
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=503)
         body = await answer.read()
         start_from = request.query.get("startFrom")
         if start_from is not None and answer.status == 200:
@@ -108,6 +125,13 @@ def listing_proxy(port: int) -> Iterator[int]:
             process.kill()
             process.wait(_STOP_TIMEOUT_S)
         process.stdout.close()
+
+
+@contextmanager
+def as_azure_lists(azurite: Azurite) -> Iterator[str]:
+    """What ``AZURE_STORAGE_CONNECTION_STRING`` takes of a service that keeps tables there, too."""
+    with listing_proxy(azurite.port) as port:
+        yield connection_string(f"http://127.0.0.1:{port}/{ACCOUNT}")
 
 
 if __name__ == "__main__":
