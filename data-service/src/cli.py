@@ -25,6 +25,8 @@ from sandbox import command as sandbox_command
 
 MESSAGE_BYTES: Final = 64 * 1024
 DRAIN_S: Final = 5
+# Agents pause for longer than the server's own five seconds, and would find it closed.
+KEEP_ALIVE_S: Final = 75
 DEFAULT_SCOPE: Final = "data:read data:write"
 DEFAULT_TTL_S: Final = 3600
 MOST_DAYS: Final = 36_500
@@ -149,6 +151,7 @@ def _serve(_: argparse.Namespace) -> int:
             lifespan="on",
             ws_max_size=MESSAGE_BYTES,
             timeout_graceful_shutdown=DRAIN_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
         )
     )

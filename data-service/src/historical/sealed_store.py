@@ -128,17 +128,8 @@ class SealedCandleStore:
         await self._written(lambda: self._table.seal(series, days, read_since=read_since))
 
     async def unseal(self, series: Series, days: Iterable[date]) -> None:
-        """See ``CandleTable.unseal``; a table that is gone is made anew, and nothing is sealed."""
-        chosen = list(days)
-
-        def unseal() -> None:
-            try:
-                self._table.unseal(series, chosen)
-            except CandleTableUnavailable:
-                self._table.prepare()
-                self._table.unseal(series, chosen)
-
-        await self._written(unseal)
+        """See ``CandleTable.unseal``."""
+        await self._written(lambda: self._table.unseal(series, days))
 
     async def tidy(self) -> None:
         """See ``CandleTable.tidy``."""

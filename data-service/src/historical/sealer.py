@@ -127,9 +127,7 @@ class CandleSealer(ISealedDays):
         """One round: seal every day that is to be sealed by now. What fails is told once, and tried
         again in the next."""
         try:
-            if await self._store.prepare():
-                # It was moved away: everything is to be sealed again.
-                self._look_everywhere_at = 0
+            await self._make_sure_of_table()
             if self._clock.now_ms() >= self._look_everywhere_at:
                 await self._look_everywhere()
                 self._look_everywhere_at = self._clock.now_ms() + LOOK_EVERYWHERE_MS
@@ -282,7 +280,11 @@ class CandleSealer(ISealedDays):
                 async with asyncio.timeout(_PATIENCE_S), sealing.committing:
                     pass
             if sealed := self._store.known(series, days):
-                await self._store.unseal(series, sealed)
+                try:
+                    await self._store.unseal(series, sealed)
+                except CandleTableUnavailable:
+                    await self._make_sure_of_table()
+                    await self._store.unseal(series, sealed)
         except TimeoutError:
             raise StorageUnavailable(
                 f"{self._storage.address}: days of {series} are being sealed for more than "
@@ -292,6 +294,14 @@ class CandleSealer(ISealedDays):
             raise StorageUnavailable(
                 f"a day of {series} cannot be unsealed: {exc.message}"
             ) from exc
+
+    async def _make_sure_of_table(self) -> None:
+        """Make the table anew where it was moved away, but not in the place of a root that is."""
+        await self._storage.check_writable()
+        if await self._store.prepare():
+            log.warning("candle_table_made_anew", storage=self._storage.address)
+            # Everything is to be sealed again.
+            self._look_everywhere_at = 0
 
     async def periods(self, series: Series, within: TimeRange) -> SealedPeriods:
         if series.interval.milliseconds > DAY_MS:

@@ -354,6 +354,17 @@ async def test_a_table_that_was_moved_away_is_made_anew(world: World, tmp_path: 
     assert world.sealer.trouble is None
 
 
+async def test_a_root_that_is_away_gets_no_table_in_its_place(world: World, tmp_path: Path) -> None:
+    entries = await filled(world, day(3))
+    await world.seal()
+    world.path.rename(tmp_path / "away")
+    world.raw.fail_writes_with = StorageUnavailable("not mounted")
+    with pytest.raises(StorageUnavailable, match="not mounted"):
+        await world.storage.store_raw_data(corrected(entries[0]))
+    await world.seal()
+    assert not world.path.exists()
+
+
 async def test_what_is_sealed_is_known_without_listing_documents(world: World) -> None:
     entries = entries_of(day(3), count=250)[20:]
     await world.storage.store_batch([*entries, *entries_of(day(4))])
