@@ -14,6 +14,9 @@ unexport PYTHONDONTWRITEBYTECODE
 AZURITE := data-service/tests/azurite
 AZURITE_READY := $(AZURITE)/node_modules/.ready
 
+# Tests wait more than they compute: one process more than there are cores, four at most.
+WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((cores < 3 ? cores + 1 : 4)))
+
 # Other people's clients, whose dependencies are none of ours.
 PEERS := .venv-peers
 
@@ -50,7 +53,7 @@ run-live: setup ## The same on the real exchanges
 	@exec $(BIN)/python -m demo --live
 
 test: setup $(AZURITE_READY) ## Run every test
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 drill: setup ## Kill the service thirty times and lie to it, and compare what is left (14 minutes)
 	@CB_TRADE_DRILL=long $(BIN)/python -m pytest -s data-service/tests/drills

@@ -26,6 +26,7 @@ from config import Settings
 from domain.clock import IClock
 from errors import ConfigurationError, DataServiceError
 from exchange_source.microkernel import DataSourceConnectorImpl
+from historical.candle_columns import use_returning_memory
 from historical.candle_table import CandleTable
 from historical.current_fetcher import CurrentDataFetcher
 from historical.fetcher import HistoricalFetcher
@@ -90,6 +91,7 @@ async def _assembled(
     settings: Settings, app: FastAPI, registry: CollectorRegistry
 ) -> AsyncIterator[Health]:
     clock = settings.market_clock
+    use_returning_memory()
     rng = random.Random()  # noqa: S311  jitter is no secret
     async with AsyncExitStack() as stack:
         raw_storage = create_storage(settings)
