@@ -38,7 +38,7 @@ from historical.candle_files import Change, SealedFile
 from historical.candle_log import CandleLog, FileDamaged, Snapshot, WriteConflict
 from historical.columns import runs_of
 from historical.interfaces import CandleTableUnavailable
-from historical.sealed_days import bits_of, bits_within, ranges_of
+from historical.sealed_days import DAY_MS, bits_of, bits_within, ranges_of
 from storage.path_utility import day_of
 from target_management.delta_engine import DeltaEngine
 from target_management.place import patient
@@ -47,6 +47,7 @@ _TRIES: Final = 5
 # What reading costs goes by the file; the running year gets one a day.
 _MOST_FILES: Final = 8
 _TIME: Final = ("timestamp",)
+_EVER: Final = TimeRange(0, 2**62)
 # What rewriting a day costs goes by the rows of its file: a year of 1m is in one, of 1s in many.
 _FULL_ROWS: Final = 1_000_000
 
@@ -130,6 +131,19 @@ class CandleTable:
                 for run in runs_of(numbers(table, "timestamp"), series.interval):
                     runs.add(run)
         return tuple(self._ranges(read, within)), tuple(runs)
+
+    def counts(self, series: Series) -> dict[date, int]:
+        """How many candles each sealed day has."""
+        found = {}
+        known, stored = self.stored(series, _EVER)
+        for run in known:
+            for start in range(run.start, run.end, DAY_MS):
+                found[day_of(start)] = 0
+        for run in stored:
+            for start in range(run.start // DAY_MS * DAY_MS, run.end, DAY_MS):
+                part = run.intersect(TimeRange(start, start + DAY_MS))
+                found[day_of(start)] += part.length // series.interval.milliseconds
+        return found
 
     def read(self, series: Series, wanted: TimeRange) -> SealedCandles:
         """The candles of the sealed days of a range, as columns."""

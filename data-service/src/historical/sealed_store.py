@@ -21,6 +21,7 @@ from historical.interfaces import CandleTableError, CandleTableUnavailable
 from historical.sealed_days import DAY_MS
 
 _READERS: Final = 4
+_EVER: Final = TimeRange(0, 2**62)
 _NOTHING_SEALED: Final = SealedCandles((), NOTHING)
 
 _T = TypeVar("_T")
@@ -68,6 +69,11 @@ class SealedCandleStore:
         a candle."""
         past = self._past(within)
         return await self._answer(lambda: self._table.stored(series, past), past, ((), ()))
+
+    async def counts(self, series: Series) -> dict[date, int]:
+        """How many candles each sealed day has."""
+        nothing: dict[date, int] = {}
+        return await self._answer(lambda: self._table.counts(series), _EVER, nothing)
 
     def _past(self, wanted: TimeRange) -> TimeRange:
         """The part of a range that may be sealed: no day is before it is over."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -191,11 +191,22 @@ class CandleSealer(ISealedDays):
             for coin in await self._storage.list_coins(exchange):
                 for name, days in (await self._storage.list_days(exchange, coin)).items():
                     series = Series(exchange, coin, Interval.parse(name))
-                    if series.interval.milliseconds > DAY_MS:
-                        continue
-                    known = self._unsealed.setdefault(series, {})
-                    for day in days - self._store.known(series, days):
-                        known.setdefault(day, 0)
+                    if series.interval.milliseconds <= DAY_MS:
+                        await self._compare(series, days)
+
+    async def _compare(self, series: Series, documents: Mapping[date, int]) -> None:
+        """Unseal days of which documents came or went behind the service's back, and learn which
+        are not sealed; ``documents`` are how many each day has."""
+        sealed = await self._store.counts(series)
+        if self._store.trouble is not None:
+            raise CandleTableUnavailable(self._store.trouble)
+        if changed := [day for day, count in sealed.items() if documents.get(day, 0) != count]:
+            log.warning("sealed_days_differ", series=str(series), days=len(changed))
+            await self._store.unseal(series, changed)
+        unsealed = self._unsealed.setdefault(series, {})
+        for day in documents:
+            if day not in sealed or day in changed:
+                unsealed.setdefault(day, 0)
 
     def _ready(self, series: Series, *, quiet_for: int = QUIET_FOR_MS) -> list[date]:
         """Which days of a series are to be sealed now, ascending."""

@@ -261,9 +261,9 @@ class IRawDataStorage(ABC):
         """The opens (ms) of the documents of a range, from names alone, ascending."""
 
     @abstractmethod
-    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, set[date]]:
-        """The UTC days that have documents, by interval, from names alone. Lists all of the coin's
-        names: for what happens now and then."""
+    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, dict[date, int]]:
+        """The UTC days that have documents, and how many, by interval, from names alone. Lists all
+        of the coin's names: for what happens now and then."""
 
     @abstractmethod
     async def read_blob(self, path: str) -> bytes | None:

@@ -160,17 +160,17 @@ class StoragePathUtility:
         ]
 
     @staticmethod
-    def intervals_of(file_names: Iterable[str], day: date) -> set[str]:
-        """The intervals of the documents among names in the folder of ``day``."""
+    def counts_of(file_names: Iterable[str], day: date) -> dict[str, int]:
+        """How many documents of each interval are among names in the folder of ``day``."""
         by_ending: dict[str, list[str]] = {}
         for name in file_names:
             by_ending.setdefault(name[_DIGITS:], []).append(name)
-        return {
-            interval
-            for interval in KNOWN_INTERVALS
-            if (names := by_ending.get(StoragePathUtility.file_ending(interval)))
-            and StoragePathUtility.times_of(names, day, StoragePathUtility.file_ending(interval))
-        }
+        counts = {}
+        for interval in KNOWN_INTERVALS:
+            ending = StoragePathUtility.file_ending(interval)
+            if count := len(StoragePathUtility.times_of(by_ending.get(ending, ()), day, ending)):
+                counts[interval] = count
+        return counts
 
     @staticmethod
     def numbers_of(

@@ -242,8 +242,8 @@ class RawDataStorageContract:
             storage, "raw_data/crypto.com/BTC/2026/02/31/20260231000000.json", b"{}"
         )
         assert await storage.list_days("crypto.com", "BTC") == {
-            "5m": {date(2025, 12, 31), date(2026, 2, 28)},
-            "1h": {date(2026, 2, 28)},
+            "5m": {date(2025, 12, 31): 1, date(2026, 2, 28): 2},
+            "1h": {date(2026, 2, 28): 1},
         }
         assert await storage.list_days("crypto.com", "ETH") == {}
 

@@ -221,15 +221,17 @@ class InMemoryStorage(IRawDataStorage):
             time for time in sorted(paths) if time in wanted and paths[time] not in self._unreadable
         ]
 
-    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, set[date]]:
+    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, dict[date, int]]:
         self.check()
-        found: dict[str, set[date]] = {}
+        found: dict[str, dict[date, int]] = {}
         for path in self.blobs:
             parsed = StoragePathUtility.parse_raw_data_path(path)
             if parsed is not None and (parsed.exchange, parsed.coin) == (
                 exchange_name, coin_symbol,
             ):  # fmt: skip
-                found.setdefault(parsed.interval, set()).add(day_of(parsed.timestamp))
+                days = found.setdefault(parsed.interval, {})
+                day = day_of(parsed.timestamp)
+                days[day] = days.get(day, 0) + 1
         return found
 
     async def read_blob(self, path: str) -> bytes | None:

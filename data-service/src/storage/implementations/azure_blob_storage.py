@@ -285,12 +285,12 @@ class AzureBlobStorage(IRawDataStorage):
             found += [timestamp for timestamp, path in named if path not in self._unreadable]
         return found
 
-    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, set[date]]:
+    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, dict[date, int]]:
         coin_path = StoragePathUtility.coin_path(exchange_name, coin_symbol)
-        found: dict[str, set[date]] = {}
+        found: dict[str, dict[date, int]] = {}
         async for day, names in self._listing.day_folders(coin_path):
-            for interval in StoragePathUtility.intervals_of(names, day):
-                found.setdefault(interval, set()).add(day)
+            for interval, count in StoragePathUtility.counts_of(names, day).items():
+                found.setdefault(interval, {})[day] = count
         return found
 
     async def read_blob(self, path: str) -> bytes | None:

@@ -336,11 +336,11 @@ class LocalFileStorage(IRawDataStorage):
 
         return await self._run(read, coin_path)
 
-    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, set[date]]:
+    async def list_days(self, exchange_name: str, coin_symbol: str) -> dict[str, dict[date, int]]:
         coin_path = StoragePathUtility.coin_path(exchange_name, coin_symbol)
 
-        def read(work: _Work) -> dict[str, set[date]]:
-            found: dict[str, set[date]] = {}
+        def read(work: _Work) -> dict[str, dict[date, int]]:
+            found: dict[str, dict[date, int]] = {}
             for day, path in self._days(coin_path, None):
                 work.step()
                 folder = self._disk.open_folder(path)
@@ -348,8 +348,8 @@ class LocalFileStorage(IRawDataStorage):
                     continue
                 with folder:
                     names = self._disk.names(folder)
-                for interval in StoragePathUtility.intervals_of(names, day):
-                    found.setdefault(interval, set()).add(day)
+                for interval, count in StoragePathUtility.counts_of(names, day).items():
+                    found.setdefault(interval, {})[day] = count
             return found
 
         return await self._run(read, coin_path)

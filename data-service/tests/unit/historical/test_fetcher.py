@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -236,6 +237,68 @@ async def test_what_another_process_stores_meanwhile_is_a_row_and_no_gap() -> No
     )
     assert [item.timestamp for item in page.candles] == [T0, T0 + FIVE, T0 + 2 * FIVE]
     assert page.gaps == (Gap(TimeRange(T0 + 3 * FIVE, T0 + 4 * FIVE), GapReason.PENDING),)
+
+
+class TestPages:
+    """Pages as they are used: what is settled is read ahead, a bounded part."""
+
+    @staticmethod
+    def watched(world: Collecting) -> tuple[HistoricalFetcher, list[TimeRange]]:
+        """A fetcher, and the ranges that it reads from storage."""
+        read: list[TimeRange] = []
+        get = world.storage.get_raw_data_range
+
+        async def get_raw_data_range(
+            exchange: str, coin: str, start: int, end: int, **options: Any
+        ) -> Any:
+            read.append(TimeRange(start, end))
+            return await get(exchange, coin, start, end, **options)
+
+        world.storage.get_raw_data_range = get_raw_data_range  # type: ignore[method-assign,assignment]
+        return fetcher(world), read
+
+    async def test_pages_are_the_same_as_one_of_the_whole_range(self) -> None:
+        world = Collecting()
+        del world.exchange.candles["BTC/USD", "5m"][T0 + 77 * FIVE]
+        whole = TimeRange(T0, T0 + 20 * HOUR)
+        async with world.running():
+            for _ in ("fetched", "stored"):
+                pages = [page async for page in fetcher(world).pages(RESOLVED, whole, periods=7)]
+                assert [page.range for page in pages] == [
+                    TimeRange(start, min(start + 7 * FIVE, whole.end))
+                    for start in range(whole.start, whole.end, 7 * FIVE)
+                ]
+                expected = await fetcher(world).fetch_data(RESOLVED, whole)
+                assert [candle for page in pages for candle in page.candles] == list(
+                    expected.candles
+                )
+                assert joined(gap for page in pages for gap in page.gaps) == expected.gaps
+                assert all(
+                    candle.timestamp in page.range for page in pages for candle in page.candles
+                )
+
+    async def test_while_nobody_takes_the_next_page_no_more_is_read(self) -> None:
+        world = Collecting()
+        whole = TimeRange(T0, T0 + 20 * HOUR)
+        async with world.running():
+            await fetcher(world).fetch_data(RESOLVED, whole)
+            ahead, read = self.watched(world)
+            async with aclosing(ahead.pages(RESOLVED, whole, periods=6)) as pages:
+                first = await anext(pages)
+                await settle_loop(100)
+                assert first.range == TimeRange(T0, T0 + 6 * FIVE)
+                assert read == [first.range, TimeRange(T0 + 6 * FIVE, T0 + 30 * FIVE)]
+            assert len(read) == 2
+
+    async def test_what_the_exchange_has_to_be_asked_for_is_not_asked_ahead(self) -> None:
+        world = Collecting()
+        async with world.running():
+            ahead = fetcher(world)
+            wanted = TimeRange(T0, T0 + 20 * HOUR)
+            async with aclosing(ahead.pages(RESOLVED, wanted, periods=12)) as pages:
+                await anext(pages)
+                await settle_loop(100)
+                assert [asked.range for asked in world.exchange.asked] == [TimeRange(T0, T0 + HOUR)]
 
 
 class TestResampling:

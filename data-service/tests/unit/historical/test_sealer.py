@@ -386,6 +386,26 @@ async def test_what_is_sealed_is_known_without_listing_documents(world: World) -
     assert found == [TimeRange(entries[1].timestamp, entries[-1].end), range_of(day(4))]
 
 
+async def test_documents_that_came_or_went_behind_the_services_back_are_noticed(
+    world: World,
+) -> None:
+    some = entries_of(day(3), count=250)
+    await world.storage.store_batch([*some, *entries_of(day(4)), *entries_of(day(5))])
+    await world.seal()
+    assert world.sealed() == [range_of(day(3), 3)]
+    brought = entries_of(day(3))[250]
+    await world.raw.save_entry("crypto.com", "BTC", brought.timestamp, brought.to_document())
+    lost = "raw_data/crypto.com/BTC/2026/01/05/20260105014000.json"
+    del world.raw.blobs[lost]
+    with capture_logs() as logs:
+        await world.seal(after_ms=DAY_MS)
+    assert [(entry["event"], entry["days"]) for entry in logs] == [("sealed_days_differ", 2)]
+    assert world.sealed() == [range_of(day(3), 3)]
+    entries = world.sealed_entries()
+    assert entries[250] == brought
+    assert len(entries) == 251 + 287 + 288
+
+
 async def test_all_of_a_root_is_sealed_at_once_for_who_asks_for_it(world: World) -> None:
     await filled(world, *(day(at) for at in range(-3, 8)))
     await filled(world, day(0), series=replace_coin("ETH"))
