@@ -79,6 +79,15 @@ class RangeSet:
         """Include ``item``; ranges that meet or touch become one."""
         if not item:
             return
+        # Mostly what is added ascends.
+        last = self._ends[-1] if self._ends else None
+        if last == item.start:
+            self._ends[-1] = item.end
+            return
+        if last is None or last < item.start:
+            self._starts.append(item.start)
+            self._ends.append(item.end)
+            return
         left = bisect_left(self._ends, item.start)
         right = bisect_right(self._starts, item.end)
         start, end = item.start, item.end

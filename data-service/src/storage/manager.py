@@ -406,7 +406,9 @@ class StorageManagerImpl(IStorageManager):
         for answer in answers:
             entry = answer.entry
             key = (series, entry.timestamp)
-            self._known[key] = _Known(entry.with_order_book(None), entry.order_book is not None)
+            has_book = entry.order_book is not None
+            bare = entry.with_order_book(None) if has_book else entry
+            self._known[key] = _Known(bare, has_book)
             self._known.move_to_end(key)
         while len(self._known) > MOST_REMEMBERED:
             self._known.popitem(last=False)
