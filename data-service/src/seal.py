@@ -15,6 +15,7 @@ from functools import partial
 from typing import TextIO
 
 from config import Settings
+from domain.interval import Interval
 from domain.series import Series
 from errors import InvalidRequest
 from historical.candle_table import CandleTable
@@ -46,7 +47,7 @@ def run(settings: Settings, wanted: Wanted, *, progress: TextIO = sys.stderr) ->
     """Seal every closed day of the wanted series that is not sealed, and say how many.
 
     Raises:
-        InvalidRequest: the exchange is not one of ``EXCHANGES``.
+        InvalidRequest: the exchange is not one of ``EXCHANGES``, or the interval does not exist.
         StorageConflict: a service collects into the root.
         StorageError, CandleTableError: something cannot be read or written.
     """
@@ -55,6 +56,8 @@ def run(settings: Settings, wanted: Wanted, *, progress: TextIO = sys.stderr) ->
             f"exchange {wanted.exchange!r} is not enabled; these are: "
             f"{', '.join(settings.exchanges)}"
         )
+    if wanted.interval is not None:
+        Interval.parse(wanted.interval)
     sealed = asyncio.run(_seal(settings, wanted, progress))
     print(f"{settings.candles_path}: {sealed} days sealed")
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ _RETENTION_HOURS: Final = 24
 # A vacuum is two commits, a checkpoint is worth it from so many log entries on.
 _LEAST_VACUUM: Final = 50
 _CHECKPOINT_EVERY: Final = 10
+# What is read of a cloud is kept for the next page of the same year: some years of 5m candles.
+_MOST_RECENT_BYTES: Final = 32 * 2**20
 
 log = structlog.get_logger(__name__)
 
@@ -102,6 +105,31 @@ class _Held:
     stamp: tuple[int, int] | None
 
 
+class _Recent:
+    """The content of the files read last, which never changes, up to so many bytes."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._contents: OrderedDict[str, bytes] = OrderedDict()
+        self._using = threading.Lock()
+
+    def get(self, path: str) -> bytes | None:
+        with self._using:
+            content = self._contents.get(path)
+            if content is not None:
+                self._contents.move_to_end(path)
+            return content
+
+    def put(self, path: str, content: bytes) -> None:
+        with self._using:
+            self._bytes += len(content) - len(self._contents.pop(path, b""))
+            self._contents[path] = content
+            while self._bytes > self._most_bytes:
+                _, gone = self._contents.popitem(last=False)
+                self._bytes -= len(gone)
+
+
 class CandleLog:
     """The log and the files of one table. Several threads may use it.
 
@@ -125,6 +153,7 @@ class CandleLog:
         # Whether the handle has all that this process committed.
         self._sure = False
         self._using = threading.Lock()
+        self._recent = _Recent(_MOST_RECENT_BYTES)
 
     def prepare(self) -> bool:
         """Make the table if it is missing, and check its schema; whether it was missing. Nobody
@@ -176,10 +205,14 @@ class CandleLog:
     def _opened(self, file: SealedFile) -> Any:
         if self._storage_options is None:
             return pa.OSFile(f"{self._uri}/{file.path}")
-        # In one request: Parquet would ask for a column at a time.
-        files = self._engine.files(self._uri, self._storage_options, {file.path: file.size})
-        with files.open_input_file(file.path) as opened:
-            return pa.BufferReader(opened.read())
+        content = self._recent.get(file.path)
+        if content is None:
+            # In one request: Parquet would ask for a column at a time.
+            files = self._engine.files(self._uri, self._storage_options, {file.path: file.size})
+            with files.open_input_file(file.path) as opened:
+                content = opened.read()
+            self._recent.put(file.path, content)
+        return pa.BufferReader(content)
 
     # -- writing ----------------------------------------------------------------------------
 

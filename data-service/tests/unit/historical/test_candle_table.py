@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
@@ -27,6 +27,7 @@ from historical.candle_log import CandleLog, WriteConflict
 from historical.candle_table import CandleTable
 from historical.interfaces import CandleTableMismatch, CandleTableUnavailable
 from storage.path_utility import day_start
+from target_management.delta_engine import DeltaEngine
 from tests.support.entries import BTC, make_entry
 from tests.support.sealing import ALL, day, entries_of, range_of, table_at
 
@@ -490,3 +491,41 @@ def test_a_commit_whose_answer_was_lost_leaves_it_open_what_is_sealed(
     table.unseal(BTC, [day(0)])
     assert table.sealed(BTC, ALL) == []
     assert table.known(BTC, [day(0)]) == set()
+
+
+class Counting(DeltaEngine):
+    """Counts the data files that are fetched as those of a cloud are."""
+
+    def __init__(self) -> None:
+        self.fetched = 0
+
+    def files(
+        self,
+        uri: str,
+        storage_options: dict[str, str] | None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> Any:
+        self.fetched += sizes is not None
+        return super().files(uri, storage_options, sizes)
+
+
+def test_a_file_of_a_cloud_is_fetched_once_for_the_pages_of_its_year(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Counting()
+    table = CandleTable(engine, str(path), {})
+    table.prepare()
+    entries = entries_of(day(0))
+    table.seal(BTC, {day(0): entries})
+    for at in range(0, 288, 24):
+        part = TimeRange(entries[at].timestamp, entries[at].timestamp + 7_200_000)
+        assert list(table.read(BTC, part).candles) == [
+            entry.candle for entry in entries[at : at + 24]
+        ]
+    assert engine.fetched == 1
+    # What is kept is bounded.
+    monkeypatch.setattr("historical.candle_log._MOST_RECENT_BYTES", 1)
+    bounded = CandleTable(engine, str(path), {})
+    for count in (2, 3):
+        assert len(bounded.read(BTC, ALL).candles) == 288
+        assert engine.fetched == count
