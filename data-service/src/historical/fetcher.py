@@ -31,7 +31,7 @@ PATIENCE_S: Final = 30.0
 MOST_SOURCE_PERIODS: Final = 50_000
 # Of what is settled, so many periods at most are read ahead of the pages that they are cut into,
 # and fewer where that takes longer (real seconds). Reading many at once costs hardly more than few.
-READ_AHEAD_PERIODS: Final = 20_000
+READ_AHEAD_PERIODS: Final = 10_000
 _READ_AHEAD_S: Final = 0.25
 _READ_AHEAD_GROWTH: Final = 4
 # Of these a shorter interval may know more.

@@ -20,7 +20,7 @@ from historical.columns import NOTHING
 from historical.interfaces import CandleTableError, CandleTableUnavailable
 from historical.sealed_days import DAY_MS
 
-_READERS: Final = 4
+_READERS: Final = 2
 _EVER: Final = TimeRange(0, 2**62)
 _NOTHING_SEALED: Final = SealedCandles((), NOTHING)
 
