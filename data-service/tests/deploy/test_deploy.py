@@ -46,6 +46,7 @@ class World:
         self.never_ready: set[str] = set()
         self.silent: set[str] = set()
         self.targets = True
+        self.still: str | None = None
         self._candle = 0
         stub = folder / "az"
         stub.write_text(AZ.format(python=sys.executable))
@@ -73,6 +74,7 @@ class World:
     def answer(self, path: str) -> tuple[int, dict[str, Any]]:
         created = self.created()
         revision = created[-1]["tags"]["revision"] if created else "old"
+        revision = self.still or revision
         if path == "/health/ready":
             ready = revision not in self.never_ready
             status = "ready" if ready else "not_ready"
@@ -155,6 +157,12 @@ def test_a_revision_that_never_gets_ready_is_replaced_by_the_previous_digest(wor
     assert (done.returncode, world.images()) == (1, [NEW, OLD])
     assert "revision new is ready did not happen" in done.stdout
     assert f"{OLD} runs again" in done.stderr
+
+
+def test_the_readiness_of_the_revision_before_it_is_not_taken_for_the_new_one(world: World) -> None:
+    world.still = "old"
+    done = world.run()
+    assert (done.returncode, world.images()) == (1, [NEW, OLD])
 
 
 def test_a_ready_revision_without_a_new_candle_is_replaced(world: World) -> None:
