@@ -160,7 +160,7 @@ async def _assembled(
             reconciler=reconciler,
             collection=collection,
         )
-        registry.register(StorageCollector(lambda: storage.status, lambda: role.collecting))
+        registry.register(StorageCollector(storage, lambda: role.collecting))
         registry.register(ExchangeCollector(list(clients.values())))
         health = Health(storage, role, list(clients.values()), sealing=sealer)
         auth = AuthenticationModuleImpl.from_settings(settings, clock)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exchange_source.interfaces import IExchangeAPIClient
-from storage.interfaces import StorageStatus
+from observability.durations import Durations
+from storage.interfaces import StorageStatus, StorageTotals
 
 _BUCKETS_S: Final = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -51,15 +57,25 @@ class ApiMetrics:
         )
 
 
+class IStoring(Protocol):
+    """How storing goes, and what it came to."""
+
+    @property
+    def status(self) -> StorageStatus: ...
+
+    @property
+    def totals(self) -> StorageTotals: ...
+
+
 class StorageCollector(Collector):
     """How storing goes, read when it is asked for."""
 
-    def __init__(self, status: Callable[[], StorageStatus], collecting: Callable[[], bool]) -> None:
-        self._status = status
+    def __init__(self, storage: IStoring, collecting: Callable[[], bool]) -> None:
+        self._storage = storage
         self._collecting = collecting
 
     def collect(self) -> Iterable[Metric]:
-        status = self._status()
+        status = self._storage.status
         for name, help_text, value in (
             ("cb_trade_collecting", "1 where this process collects into the root",
              self._collecting()),
@@ -75,6 +91,28 @@ class StorageCollector(Collector):
              status.spool_full),
         ):  # fmt: skip
             yield GaugeMetricFamily(name, help_text, value=float(value))
+        totals = self._storage.totals
+        stored = CounterMetricFamily(
+            "cb_trade_entries_stored_total",
+            "Entries taken, by what they did to what was stored",
+            labels=("exchange", "interval", "change"),
+        )
+        for (exchange, interval, change), count in totals.entries.items():
+            stored.add_metric((exchange, interval, change.value), count)
+        yield stored
+        yield _counted(
+            "cb_trade_entries_refused_total", "Entries that could not be stored", "exchange",
+            totals.refused,
+        )  # fmt: skip
+        yield _counted(
+            "cb_trade_stored_bytes_total", "What the documents take that were written to the "
+            "storage backend", "exchange", totals.written_bytes,
+        )  # fmt: skip
+        seconds = HistogramMetricFamily(
+            "cb_trade_store_seconds", "Real time until a batch of entries was stored, for good"
+        )
+        _add_durations(seconds, (), totals.store_s)
+        yield seconds
 
 
 class ExchangeCollector(Collector):
@@ -122,3 +160,23 @@ class MetricsMiddleware:
             operation = getattr(scope.get("route"), "operation_id", None) or "other"
             self._metrics.requests.labels(operation, status).inc()
             self._metrics.seconds.labels(operation).observe(time.perf_counter() - began)
+
+
+def _counted(
+    name: str, help_text: str, label: str, counts: Mapping[str, int]
+) -> CounterMetricFamily:
+    """A counter with one label."""
+    family = CounterMetricFamily(name, help_text, labels=(label,))
+    for value, count in counts.items():
+        family.add_metric((value,), count)
+    return family
+
+
+def _add_durations(
+    family: HistogramMetricFamily, labels: Sequence[str], durations: Durations
+) -> None:
+    cumulative = list(accumulate(durations.counts))
+    bounds = [*(str(bound) for bound in durations.bounds), "+Inf"]
+    family.add_metric(
+        labels, list(zip(bounds, cumulative, strict=True)), sum_value=durations.total_s
+    )

@@ -9,9 +9,9 @@ import pytest
 
 import api.health
 from api.health import Health
-from api.metrics import ExchangeCollector, StorageCollector
+from api.metrics import ExchangeCollector
 from collection.role import CollectorRole
-from storage.interfaces import StorageStatus, StorageUnavailable
+from storage.interfaces import StorageUnavailable
 from storage.manager import StorageManagerImpl
 from storage.spool import Spool
 from tests.support.clock import ManualClock
@@ -119,20 +119,6 @@ async def test_what_the_backend_warns_of_is_a_warning(world: World) -> None:
     await world.start()
     world.backend.warns = ["the disk is nearly full"]
     assert (await world.health.readiness()).warnings == ("the disk is nearly full",)
-
-
-def test_metrics_say_how_storing_goes() -> None:
-    status = StorageStatus(away="the line is cut", stuck=("a",), spooled=3, spooled_bytes=900)
-    collector = StorageCollector(lambda: status, lambda: True)
-    values = {metric.name: metric.samples[0].value for metric in collector.collect()}
-    assert values == {
-        "cb_trade_collecting": 1,
-        "cb_trade_storage_available": 0,
-        "cb_trade_storage_stuck_series": 1,
-        "cb_trade_spool_entries": 3,
-        "cb_trade_spool_bytes": 900,
-        "cb_trade_spool_full": 0,
-    }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""What the collectors make of what the parts of the service count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.registry import Collector
+
+from api.metrics import StorageCollector
+from storage.interfaces import StorageStatus, StorageTotals, StorageUnavailable
+from storage.manager import StorageManagerImpl
+from storage.spool import Spool
+from tests.support.entries import FIVE_MINUTES, NOON, make_entry
+from tests.support.storage import InMemoryStorage
+
+
+class Scrape:
+    """What a collector shows."""
+
+    def __init__(self, collector: Collector) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(collector)
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self._registry.get_sample_value(f"cb_trade_{name}", labels)
+
+
+@dataclass
+class Storing:
+    status: StorageStatus = field(default_factory=StorageStatus)
+    totals: StorageTotals = field(default_factory=StorageTotals)
+
+
+def test_storage_that_is_away_and_what_waits_for_it_show() -> None:
+    status = StorageStatus(away="the line is cut", stuck=("a",), spooled=3, spooled_bytes=900)
+    scrape = Scrape(StorageCollector(Storing(status), lambda: True))
+    assert {
+        name: scrape.value(name)
+        for name in (
+            "collecting",
+            "storage_available",
+            "storage_stuck_series",
+            "spool_entries",
+            "spool_bytes",
+            "spool_full",
+        )
+    } == {
+        "collecting": 1,
+        "storage_available": 0,
+        "storage_stuck_series": 1,
+        "spool_entries": 3,
+        "spool_bytes": 900,
+        "spool_full": 0,
+    }
+
+
+async def test_entries_are_counted_by_what_they_did_and_bytes_by_what_was_written() -> None:
+    backend = InMemoryStorage()
+    storage = StorageManagerImpl(backend)
+    scrape = Scrape(StorageCollector(storage, lambda: True))
+    entry = make_entry()
+    await storage.store_batch([entry, make_entry(NOON + FIVE_MINUTES)])
+    await storage.store_batch([entry])
+    await storage.store_raw_data(make_entry(book=True))
+    await storage.store_raw_data(make_entry(close=101.0))
+    changes = {"added": 2, "unchanged": 1, "book_added": 1, "revised": 1}
+    for change, count in changes.items():
+        labels = {"exchange": "crypto.com", "interval": "5m", "change": change}
+        assert scrape.value("entries_stored_total", **labels) == count
+    documents = [content for path, content in backend.blobs.items() if path.endswith(".json")]
+    written = scrape.value("stored_bytes_total", exchange="crypto.com")
+    assert written is not None
+    assert written > sum(map(len, documents))
+    assert scrape.value("store_seconds_count") == 4
+    assert scrape.value("store_seconds_bucket", le="+Inf") == 4
+
+
+async def test_what_waits_in_the_spool_is_taken_and_not_written_and_what_finds_no_room_is_refused(
+    tmp_path: Path,
+) -> None:
+    backend = InMemoryStorage()
+    spool = Spool(tmp_path, most_entries=1)
+    await spool.open()
+    storage = StorageManagerImpl(backend, spool=spool)
+    scrape = Scrape(StorageCollector(storage, lambda: True))
+    backend.fail_with = StorageUnavailable("the line is cut")
+    await storage.store_raw_data(make_entry(source="stream"))
+    with pytest.raises(StorageUnavailable):
+        await storage.store_raw_data(make_entry(NOON + FIVE_MINUTES, source="stream"))
+    labels = {"exchange": "crypto.com", "interval": "5m", "change": "added"}
+    assert scrape.value("entries_stored_total", **labels) == 1
+    assert scrape.value("entries_refused_total", exchange="crypto.com") == 1
+    assert scrape.value("stored_bytes_total", exchange="crypto.com") is None
+    await spool.close()
