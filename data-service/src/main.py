@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from api.app import build_app
 from api.health import Health
-from api.metrics import ExchangeCollector, StorageCollector
+from api.metrics import CollectionCollector, ExchangeCollector, StorageCollector
 from api.services import Services
 from auth.module import AuthenticationModuleImpl
 from collection.collection_list import CoinCollectionList
@@ -161,6 +161,7 @@ async def _assembled(
             collection=collection,
         )
         registry.register(StorageCollector(storage, lambda: role.collecting))
+        registry.register(CollectionCollector(collection))
         registry.register(ExchangeCollector(list(clients.values())))
         health = Health(storage, role, list(clients.values()), sealing=sealer)
         auth = AuthenticationModuleImpl.from_settings(settings, clock)

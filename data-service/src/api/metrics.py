@@ -16,6 +16,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from collection.interfaces import FEED_PHASES, FeedStatus, OpenGaps
 from exchange_source.interfaces import IExchangeAPIClient
 from observability.durations import Durations
 from storage.interfaces import StorageStatus, StorageTotals
@@ -115,6 +116,75 @@ class StorageCollector(Collector):
         yield seconds
 
 
+class ICollecting(Protocol):
+    """How collecting goes."""
+
+    def feeds(self) -> Sequence[FeedStatus]: ...
+
+    def open_gaps(self) -> OpenGaps: ...
+
+
+class CollectionCollector(Collector):
+    """Feeds and gaps, read when they are asked for."""
+
+    def __init__(self, collection: ICollecting) -> None:
+        self._collection = collection
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._feeds()
+        yield from self._gaps()
+
+    def _feeds(self) -> Iterable[Metric]:
+        feeds = self._collection.feeds()
+        state = GaugeMetricFamily(
+            "cb_trade_feed_state",
+            "1 for the state that the feed is in",
+            labels=("exchange", "state"),
+        )
+        lag = GaugeMetricFamily(
+            "cb_trade_feed_lag_seconds",
+            "Real time since anything was heard of an exchange that is listened to",
+            labels=("exchange",),
+        )
+        for feed in feeds:
+            for phase in FEED_PHASES:
+                state.add_metric((feed.exchange, phase), float(feed.state == phase))
+            if feed.lag_s is not None:
+                lag.add_metric((feed.exchange,), feed.lag_s)
+        yield state
+        yield lag
+        yield _gauged(
+            "cb_trade_feed_streams", "Running streams of an exchange", "exchange",
+            {feed.exchange: feed.streams for feed in feeds},
+        )  # fmt: skip
+        for name, help_text, counts in (
+            ("cb_trade_feed_losses_total", "How often a feed was lost",
+             {feed.exchange: feed.losses for feed in feeds}),
+            ("cb_trade_feed_reconnects_total", "How often a lost feed was heard again",
+             {feed.exchange: feed.reconnects for feed in feeds}),
+            ("cb_trade_feed_stream_failures_total",
+             "How often a single stream ended with an error, those of a lost feed too",
+             {feed.exchange: feed.stream_failures for feed in feeds}),
+        ):  # fmt: skip
+            yield _counted(name, help_text, "exchange", counts)
+
+    def _gaps(self) -> Iterable[Metric]:
+        labels = ("exchange", "interval", "reason")
+        gaps = GaugeMetricFamily(
+            "cb_trade_gaps_open", "Runs of closed periods whose entry is still to come",
+            labels=labels,
+        )  # fmt: skip
+        periods = GaugeMetricFamily(
+            "cb_trade_gap_periods_open", "Closed periods whose entry is still to come",
+            labels=labels,
+        )  # fmt: skip
+        for (exchange, interval, reason), count in self._collection.open_gaps().items():
+            gaps.add_metric((exchange, interval, reason.value), count.gaps)
+            periods.add_metric((exchange, interval, reason.value), count.periods)
+        yield gaps
+        yield periods
+
+
 class ExchangeCollector(Collector):
     """What is known of the exchanges, read when it is asked for."""
 
@@ -169,6 +239,16 @@ def _counted(
     family = CounterMetricFamily(name, help_text, labels=(label,))
     for value, count in counts.items():
         family.add_metric((value,), count)
+    return family
+
+
+def _gauged(
+    name: str, help_text: str, label: str, values: Mapping[str, float]
+) -> GaugeMetricFamily:
+    """A gauge with one label."""
+    family = GaugeMetricFamily(name, help_text, labels=(label,))
+    for value, number in values.items():
+        family.add_metric((value,), number)
     return family
 
 

@@ -15,7 +15,7 @@ import structlog
 
 from domain.clock import IClock
 from domain.entry import BOOK_TOLERANCE_MS, Entry
-from domain.gap import Gap, GapReason
+from domain.gap import Gap, GapReason, joined
 from domain.order_book import OrderBook
 from domain.series import Series
 from domain.time_range import RangeMap, RangeSet, TimeRange
@@ -162,6 +162,17 @@ class SeriesState(ISeriesView):
                         Gap(item, GapReason.PENDING) for item in self._unreachable.missing(newer)
                     ]
         return sorted(found, key=lambda gap: gap.range)
+
+    def open_gaps(self, within: TimeRange) -> list[Gap]:
+        # What was listed at different times is one gap all the same.
+        return list(
+            joined(
+                gap
+                for part, _ in self._listed.within(within)
+                for gap in self.gaps(part)
+                if gap.reason.is_open
+            )
+        )
 
     def is_settled(self, within: TimeRange) -> bool:
         return not self._work(self.closed_part(within), self._asks)

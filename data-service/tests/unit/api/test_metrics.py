@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,11 +10,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
-from api.metrics import StorageCollector
+from api.metrics import CollectionCollector, StorageCollector
+from collection.interfaces import FEED_PHASES
+from exchange_source.interfaces import ExchangeUnavailable
 from storage.interfaces import StorageStatus, StorageTotals, StorageUnavailable
 from storage.manager import StorageManagerImpl
 from storage.spool import Spool
+from tests.support.clock import settle_loop
+from tests.support.collecting import Collecting
 from tests.support.entries import FIVE_MINUTES, NOON, make_entry
+from tests.support.market import FIVE
 from tests.support.storage import InMemoryStorage
 
 
@@ -95,3 +101,88 @@ async def test_what_waits_in_the_spool_is_taken_and_not_written_and_what_finds_n
     assert scrape.value("entries_refused_total", exchange="crypto.com") == 1
     assert scrape.value("stored_bytes_total", exchange="crypto.com") is None
     await spool.close()
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[Collecting]:
+    world = Collecting()
+    async with world.running():
+        yield world
+
+
+AWAY = ExchangeUnavailable("connection lost")
+ON = {"exchange": "crypto.com"}
+
+
+def state_of(scrape: Scrape) -> list[str]:
+    """The states that a feed is said to be in."""
+    return [name for name in FEED_PHASES if scrape.value("feed_state", **ON, state=name) == 1]
+
+
+async def test_the_feed_of_an_exchange_of_which_nothing_is_wanted_is_idle(
+    world: Collecting,
+) -> None:
+    scrape = Scrape(CollectionCollector(world.manager))
+    assert state_of(scrape) == ["idle"]
+    assert scrape.value("feed_lag_seconds", **ON) is None
+
+
+async def test_a_feed_that_is_lost_and_heard_again_is_counted_and_its_silence_told(
+    world: Collecting,
+) -> None:
+    scrape = Scrape(CollectionCollector(world.manager))
+    await world.manager.add_coin("BTC")
+    await settle_loop()
+    assert state_of(scrape) == ["starting"]
+    await world.update(world.clock.now_ms() // FIVE * FIVE)
+    assert state_of(scrape) == ["connected"]
+    assert scrape.value("feed_lag_seconds", **ON) == 0
+    assert scrape.value("feed_streams", **ON) == 2
+    world.exchange.fail_with = AWAY
+    world.exchange.end_streams(AWAY)
+    await world.pass_time(20_000)
+    assert state_of(scrape) == ["reconnecting"]
+    assert scrape.value("feed_lag_seconds", **ON) == 20
+    assert scrape.value("feed_losses_total", **ON) == 1
+    assert scrape.value("feed_reconnects_total", **ON) == 0
+    failures = scrape.value("feed_stream_failures_total", **ON)
+    assert failures is not None
+    assert failures > 2
+    world.exchange.fail_with = None
+    await world.pass_time(60_000)
+    await world.update(world.clock.now_ms() // FIVE * FIVE)
+    assert state_of(scrape) == ["connected"]
+    assert scrape.value("feed_lag_seconds", **ON) == 0
+    assert scrape.value("feed_reconnects_total", **ON) == 1
+
+
+async def test_a_feed_that_went_mute_is_silent_for_as_long_as_nothing_was_heard(
+    world: Collecting,
+) -> None:
+    scrape = Scrape(CollectionCollector(world.manager))
+    await world.manager.add_coin("BTC")
+    await world.update(world.clock.now_ms() // FIVE * FIVE)
+    await world.pass_time(180_000)
+    assert state_of(scrape) == ["reconnecting"]
+    assert scrape.value("feed_lag_seconds", **ON) == 180
+
+
+async def test_gaps_show_while_they_are_open(world: Collecting) -> None:
+    scrape = Scrape(CollectionCollector(world.manager))
+    pending = {**ON, "interval": "5m", "reason": "pending"}
+    unreachable = {**ON, "interval": "5m", "reason": "unreachable"}
+    assert scrape.value("gaps_open", **pending) is None
+    await world.manager.add_coin("BTC")
+    await world.pass_time(20_000)
+    assert scrape.value("gaps_open", **pending) == 0
+    assert scrape.value("gaps_open", **unreachable) == 0
+    world.exchange.fail_with = AWAY
+    await world.pass_time(3 * FIVE)
+    assert scrape.value("gaps_open", **unreachable) == 1
+    missing = [scrape.value("gap_periods_open", **labels) for labels in (pending, unreachable)]
+    # The newest was not asked for yet.
+    assert missing == [1, 2]
+    world.exchange.fail_with = None
+    await world.pass_time(120_000)
+    assert scrape.value("gaps_open", **unreachable) == 0
+    assert scrape.value("gap_periods_open", **pending) == 0
