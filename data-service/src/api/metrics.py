@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from collection.interfaces import FEED_PHASES, FeedStatus, OpenGaps
-from exchange_source.interfaces import IExchangeAPIClient
+from exchange_source.interfaces import IExchangeAPIClient, Priority
 from observability.durations import Durations
 from storage.interfaces import StorageStatus, StorageTotals
 
@@ -201,6 +201,42 @@ class ExchangeCollector(Collector):
             if client.clock_skew_ms is not None:
                 skew.add_metric((client.get_exchange_name(),), client.clock_skew_ms / 1000)
         yield skew
+        yield from self._requests()
+
+    def _requests(self) -> Iterable[Metric]:
+        totals = {client.get_exchange_name(): client.request_totals for client in self._clients}
+        for name, help_text, counts in (
+            ("cb_trade_exchange_requests_total", "REST requests sent",
+             {exchange: item.sent for exchange, item in totals.items()}),
+            ("cb_trade_exchange_request_failures_total",
+             "REST requests that were not answered, or not usefully",
+             {exchange: item.failed for exchange, item in totals.items()}),
+            ("cb_trade_rate_limit_turned_away_total",
+             "Requests that got no turn of the exchange's rate limit",
+             {exchange: item.turned_away for exchange, item in totals.items()}),
+        ):  # fmt: skip
+            family = CounterMetricFamily(name, help_text, labels=("exchange", "priority"))
+            for exchange, by_priority in counts.items():
+                for priority in Priority:
+                    family.add_metric((exchange, priority.name.lower()), by_priority[priority])
+            yield family
+        waits = HistogramMetricFamily(
+            "cb_trade_rate_limit_wait_seconds",
+            "Real time until a request, or a subscription, got its turn",
+            labels=("exchange", "priority"),
+        )
+        for exchange, item in totals.items():
+            for priority, waited in item.waited_s.items():
+                _add_durations(waits, (exchange, priority.name.lower()), waited)
+        yield waits
+        yield _gauged(
+            "cb_trade_rate_limit_waiting", "Requests that wait for their turn", "exchange",
+            {exchange: item.waiting for exchange, item in totals.items()},
+        )  # fmt: skip
+        yield _counted(
+            "cb_trade_exchange_pauses_total", "How often an exchange asked to be left alone",
+            "exchange", {exchange: item.pauses for exchange, item in totals.items()},
+        )  # fmt: skip
 
 
 class MetricsMiddleware:

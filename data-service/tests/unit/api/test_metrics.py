@@ -10,15 +10,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
-from api.metrics import CollectionCollector, StorageCollector
+from api.metrics import CollectionCollector, ExchangeCollector, StorageCollector
 from collection.interfaces import FEED_PHASES
-from exchange_source.interfaces import ExchangeUnavailable
+from exchange_source.interfaces import ExchangeUnavailable, Priority
 from storage.interfaces import StorageStatus, StorageTotals, StorageUnavailable
 from storage.manager import StorageManagerImpl
 from storage.spool import Spool
-from tests.support.clock import settle_loop
+from tests.support.clock import ManualClock, settle_loop
 from tests.support.collecting import Collecting
 from tests.support.entries import FIVE_MINUTES, NOON, make_entry
+from tests.support.exchange import FakeExchange
 from tests.support.market import FIVE
 from tests.support.storage import InMemoryStorage
 
@@ -186,3 +187,23 @@ async def test_gaps_show_while_they_are_open(world: Collecting) -> None:
     await world.pass_time(120_000)
     assert scrape.value("gaps_open", **unreachable) == 0
     assert scrape.value("gap_periods_open", **pending) == 0
+
+
+def test_requests_show_by_exchange_and_priority() -> None:
+    exchange = FakeExchange(ManualClock())
+    exchange.totals.sent[Priority.BACKFILL] = 7
+    exchange.totals.failed[Priority.BACKFILL] = 2
+    exchange.totals.waited_s[Priority.BACKFILL].add(0.3)
+    exchange.totals.turned_away[Priority.LIVE] = 1
+    exchange.totals.pauses, exchange.totals.waiting = 3, 4
+    scrape = Scrape(ExchangeCollector([exchange]))
+    backfill = {**ON, "priority": "backfill"}
+    assert scrape.value("exchange_requests_total", **backfill) == 7
+    assert scrape.value("exchange_requests_total", **ON, priority="live") == 0
+    assert scrape.value("exchange_request_failures_total", **backfill) == 2
+    assert scrape.value("rate_limit_wait_seconds_bucket", **backfill, le="0.1") == 0
+    assert scrape.value("rate_limit_wait_seconds_bucket", **backfill, le="0.5") == 1
+    assert scrape.value("rate_limit_wait_seconds_sum", **backfill) == 0.3
+    assert scrape.value("rate_limit_turned_away_total", **ON, priority="live") == 1
+    assert scrape.value("exchange_pauses_total", **ON) == 3
+    assert scrape.value("rate_limit_waiting", **ON) == 4
