@@ -16,7 +16,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from collection.interfaces import FEED_PHASES, FeedStatus, OpenGaps
+from collection.interfaces import FEED_PHASES, Channel, FeedStatus, OpenGaps, OutboxStatus
 from exchange_source.interfaces import IExchangeAPIClient, Priority
 from observability.durations import Durations
 from storage.interfaces import StorageStatus, StorageTotals
@@ -123,9 +123,11 @@ class ICollecting(Protocol):
 
     def open_gaps(self) -> OpenGaps: ...
 
+    def outboxes(self) -> Mapping[Channel, OutboxStatus]: ...
+
 
 class CollectionCollector(Collector):
-    """Feeds and gaps, read when they are asked for."""
+    """Feeds, gaps and subscribers, read when they are asked for."""
 
     def __init__(self, collection: ICollecting) -> None:
         self._collection = collection
@@ -133,6 +135,7 @@ class CollectionCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         yield from self._feeds()
         yield from self._gaps()
+        yield from self._outboxes()
 
     def _feeds(self) -> Iterable[Metric]:
         feeds = self._collection.feeds()
@@ -183,6 +186,32 @@ class CollectionCollector(Collector):
             periods.add_metric((exchange, interval, reason.value), count.periods)
         yield gaps
         yield periods
+
+    def _outboxes(self) -> Iterable[Metric]:
+        outboxes = self._collection.outboxes()
+        for name, help_text, values in (
+            ("cb_trade_subscribers", "Readers of a channel",
+             {channel.value: outbox.readers for channel, outbox in outboxes.items()}),
+            ("cb_trade_outbox_depth",
+             "Trades, and messages of anything else, that wait for the readers of a channel",
+             {channel.value: outbox.waiting for channel, outbox in outboxes.items()}),
+            ("cb_trade_outbox_deepest", "What waits for the reader that is furthest behind",
+             {channel.value: outbox.deepest for channel, outbox in outboxes.items()}),
+        ):  # fmt: skip
+            yield _gauged(name, help_text, "channel", values)
+        unsent = CounterMetricFamily(
+            "cb_trade_outbox_unsent_total",
+            "Events that readers were not told as they came, by what was done with them",
+            labels=("channel", "policy"),
+        )
+        for channel, outbox in outboxes.items():
+            for policy, count in (
+                ("replaced", outbox.totals.replaced),
+                ("merged", outbox.totals.merged),
+                ("dropped", outbox.totals.dropped),
+            ):
+                unsent.add_metric((channel, policy), count)
+        yield unsent
 
 
 class ExchangeCollector(Collector):

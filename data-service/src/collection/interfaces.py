@@ -94,6 +94,34 @@ OpenGaps = Mapping[tuple[str, str, GapReason], GapCount]
 """Gaps that may still close, by exchange, interval and reason."""
 
 
+@dataclass(slots=True)
+class OutboxTotals:
+    """What happened to what readers of one channel had not read yet, since the process started.
+
+    Attributes:
+        replaced: forming candles, tickers or books that a newer one, or the closed candle, took the
+            place of.
+        merged: messages of trades that went out together with the one before.
+        dropped: trades, and messages of anything else, that a reader lost by being too slow; with
+            the first of them its subscription ends.
+    """
+
+    replaced: int = 0
+    merged: int = 0
+    dropped: int = 0
+
+
+@dataclass(slots=True)
+class OutboxStatus:
+    """The readers of one channel now. ``waiting`` is how many trades, and messages of anything else
+    that must be told, wait for all of them together, ``deepest`` for the one furthest behind."""
+
+    totals: OutboxTotals
+    readers: int = 0
+    waiting: int = 0
+    deepest: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class AddCoinResult:
     """``unreachable`` names the exchanges that would have gone first and could not be asked."""

@@ -28,6 +28,7 @@ from collection.interfaces import (
     IDataCollectionManager,
     MarketAvailability,
     OpenGaps,
+    OutboxStatus,
     StatusTold,
     StreamEvent,
     SubscriptionStarted,
@@ -159,6 +160,10 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
     def feeds(self) -> list[FeedStatus]:
         """How the feed of each enabled exchange does."""
         return [feed.status for feed in self._feeds.values()]
+
+    def outboxes(self) -> Mapping[Channel, OutboxStatus]:
+        """Who reads each channel, and how much waits for them."""
+        return self._hub.outboxes()
 
     def open_gaps(self) -> OpenGaps:
         """What is missing of everything that is collected here; no gap, too, is told as such."""

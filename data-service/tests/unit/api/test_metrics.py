@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
 from api.metrics import CollectionCollector, ExchangeCollector, StorageCollector
-from collection.interfaces import FEED_PHASES
+from collection.channels import QUEUE_BOUND
+from collection.interfaces import (
+    FEED_PHASES,
+    Channel,
+    FormingCandle,
+    StreamEvent,
+    TradesTold,
+)
+from domain.trade import Trade
 from exchange_source.interfaces import ExchangeUnavailable, Priority
 from storage.interfaces import StorageStatus, StorageTotals, StorageUnavailable
 from storage.manager import StorageManagerImpl
@@ -20,7 +29,7 @@ from tests.support.clock import ManualClock, settle_loop
 from tests.support.collecting import Collecting
 from tests.support.entries import FIVE_MINUTES, NOON, make_entry
 from tests.support.exchange import FakeExchange
-from tests.support.market import FIVE
+from tests.support.market import FIVE, T0
 from tests.support.storage import InMemoryStorage
 
 
@@ -207,3 +216,53 @@ def test_requests_show_by_exchange_and_priority() -> None:
     assert scrape.value("rate_limit_turned_away_total", **ON, priority="live") == 1
     assert scrape.value("exchange_pauses_total", **ON) == 3
     assert scrape.value("rate_limit_waiting", **ON) == 4
+
+
+def trade(number: int) -> Trade:
+    return Trade(str(number), T0 + number, 100.0, 0.5, "buy")
+
+
+async def test_readers_show_by_channel_with_what_waits_and_what_was_not_told_as_it_came(
+    world: Collecting,
+) -> None:
+    scrape = Scrape(CollectionCollector(world.manager))
+    await world.manager.add_coin("BTC")
+    await settle_loop()
+    # Nothing is told of a feed that is as it should be.
+    await world.update(world.clock.now_ms() // FIVE * FIVE)
+
+    async def begin(channel: Channel) -> AsyncGenerator[StreamEvent, None]:
+        stream = world.manager.stream_realtime_data("BTC", channel=channel)
+        await stack.enter_async_context(aclosing(stream))
+        await anext(stream)
+        await settle_loop()
+        return stream
+
+    def unsent(channel: str, policy: str) -> float | None:
+        return scrape.value("outbox_unsent_total", channel=channel, policy=policy)
+
+    async with AsyncExitStack() as stack:
+        trades = await begin(Channel.TRADES)
+        await begin(Channel.TRADES)
+        candles = await begin(Channel.CANDLES)
+        assert scrape.value("subscribers", channel="trades") == 2
+        assert scrape.value("subscribers", channel="candles") == 1
+        assert scrape.value("subscribers", channel="ticker") == 0
+        await world.exchange.push_trades("BTC/USD", trade(1), trade(2))
+        await world.exchange.push_trades("BTC/USD", trade(3))
+        assert scrape.value("outbox_depth", channel="trades") == 6
+        assert scrape.value("outbox_deepest", channel="trades") == 3
+        assert await anext(trades) == TradesTold((trade(1), trade(2), trade(3)))
+        assert unsent("trades", "merged") == 1
+        assert scrape.value("outbox_depth", channel="trades") == 3
+        for _ in range(3):
+            await world.update(world.clock.now_ms() // FIVE * FIVE)
+        # It began with one.
+        assert unsent("candles", "replaced") == 3
+        assert isinstance(await anext(candles), FormingCandle)
+        flood = [trade(number) for number in range(10, 10 + QUEUE_BOUND)]
+        await world.exchange.push_trades("BTC/USD", *flood)
+        # One read, and has room; the other lost what it had and what came.
+        assert unsent("trades", "dropped") == 3 + QUEUE_BOUND
+        assert scrape.value("outbox_depth", channel="trades") == QUEUE_BOUND
+    assert scrape.value("subscribers", channel="trades") == 0
