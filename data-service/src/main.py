@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from api.app import build_app
 from api.health import Health
-from api.metrics import CollectionCollector, ExchangeCollector, StorageCollector
+from api.metrics import CollectionCollector, ExchangeCollector, StorageCollector, watch_loop
 from api.services import Services
 from auth.module import AuthenticationModuleImpl
 from collection.collection_list import CoinCollectionList
@@ -173,6 +173,9 @@ async def _assembled(
             collection=collection,
             history=history,
             health=health,
+        )
+        await stack.enter_async_context(
+            _running(watch_loop(clock, app.state.metrics.loop_lag), "watching the loop", health)
         )
         # Stopped in the reverse order: intake, then settling; clients are gone by then.
         await stack.enter_async_context(_running(storage.run(), "storage", health))

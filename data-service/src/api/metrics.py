@@ -17,29 +17,42 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from collection.interfaces import FEED_PHASES, Channel, FeedStatus, OpenGaps, OutboxStatus
+from domain.clock import IClock
 from exchange_source.interfaces import IExchangeAPIClient, Priority
 from observability.durations import Durations
 from storage.interfaces import StorageStatus, StorageTotals
 
 _BUCKETS_S: Final = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_LAG_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+# How often the event loop is asked how late it is (real time).
+LAG_EVERY_S: Final = 0.25
+# Others can be made up without end.
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class ApiMetrics:
-    """Requests by operation and status, and what the WebSocket connections hold."""
+    """Requests and calls, what the WebSocket connections hold, and how busy the loop is."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.requests = Counter(
-            "cb_trade_http_requests_total",
-            "HTTP requests answered",
-            ("operation", "status"),
+        self.http_seconds = Histogram(
+            "cb_trade_http_request_seconds",
+            "Real time from a request to the end of its answer",
+            ("route", "method", "status"),
+            buckets=_BUCKETS_S,
             registry=registry,
         )
-        self.seconds = Histogram(
-            "cb_trade_http_request_seconds",
-            "Real time from the request to the end of its answer",
-            ("operation",),
+        self.mcp_seconds = Histogram(
+            "cb_trade_mcp_call_seconds",
+            "Real time from an agent's call of a tool to its answer",
+            ("tool", "outcome"),
             buckets=_BUCKETS_S,
+            registry=registry,
+        )
+        self.loop_lag = Histogram(
+            "cb_trade_event_loop_lag_seconds",
+            "How much too late the event loop wakes who asked to be woken",
+            buckets=_LAG_BUCKETS_S,
             registry=registry,
         )
         self.connections = Gauge(
@@ -268,9 +281,17 @@ class ExchangeCollector(Collector):
         )  # fmt: skip
 
 
+async def watch_loop(clock: IClock, lag: Histogram) -> None:
+    """Observe how late the event loop is until cancelled."""
+    while True:
+        due = clock.monotonic() + LAG_EVERY_S
+        await clock.sleep_real(LAG_EVERY_S)
+        lag.observe(max(0.0, clock.monotonic() - due))
+
+
 class MetricsMiddleware:
-    """Counts and times every HTTP request by its operation id, never by its path: paths that do
-    not exist would grow the registry without end."""
+    """Times every HTTP request by the template of its route, never by its path: paths that do not
+    exist would grow the registry without end."""
 
     def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
         self._app = app
@@ -280,21 +301,23 @@ class MetricsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 0
+        status = "none"
         began = time.perf_counter()
 
         async def send_and_watch(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = str(message["status"])
             await send(message)
 
         try:
             await self._app(scope, receive, send_and_watch)
         finally:
-            operation = getattr(scope.get("route"), "operation_id", None) or "other"
-            self._metrics.requests.labels(operation, status).inc()
-            self._metrics.seconds.labels(operation).observe(time.perf_counter() - began)
+            route = getattr(scope.get("route"), "path", None) or "other"
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.http_seconds.labels(route, method, status).observe(
+                time.perf_counter() - began
+            )
 
 
 def _counted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -11,7 +12,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
-from api.metrics import CollectionCollector, ExchangeCollector, StorageCollector
+from api.metrics import (
+    LAG_EVERY_S,
+    ApiMetrics,
+    CollectionCollector,
+    ExchangeCollector,
+    StorageCollector,
+    watch_loop,
+)
 from collection.channels import QUEUE_BOUND
 from collection.interfaces import (
     FEED_PHASES,
@@ -266,3 +274,32 @@ async def test_readers_show_by_channel_with_what_waits_and_what_was_not_told_as_
         assert unsent("trades", "dropped") == 3 + QUEUE_BOUND
         assert scrape.value("outbox_depth", channel="trades") == QUEUE_BOUND
     assert scrape.value("subscribers", channel="trades") == 0
+
+
+class BusyClock(ManualClock):
+    """Wakes who sleeps real time too late by ``late_s``."""
+
+    late_s = 0.0
+    _lost_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self._lost_s
+
+    async def sleep_real(self, seconds: float) -> None:
+        await super().sleep_real(seconds)
+        self._lost_s += self.late_s
+
+
+async def test_how_late_the_loop_wakes_shows() -> None:
+    metrics = ApiMetrics(CollectorRegistry())
+    clock = BusyClock()
+    watching = asyncio.create_task(watch_loop(clock, metrics.loop_lag))
+    await settle_loop()
+    await clock.advance(round(LAG_EVERY_S * 1000))
+    clock.late_s = 2.0
+    await clock.advance(round(LAG_EVERY_S * 1000))
+    watching.cancel()
+    value = metrics.registry.get_sample_value
+    assert value("cb_trade_event_loop_lag_seconds_count") == 2
+    assert value("cb_trade_event_loop_lag_seconds_bucket", {"le": "1.0"}) == 1
+    assert value("cb_trade_event_loop_lag_seconds_sum") == pytest.approx(2.0)
