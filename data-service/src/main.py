@@ -163,7 +163,14 @@ async def _assembled(
         registry.register(StorageCollector(storage, lambda: role.collecting))
         registry.register(CollectionCollector(collection))
         registry.register(ExchangeCollector(list(clients.values())))
-        health = Health(storage, role, list(clients.values()), sealing=sealer)
+        health = Health(
+            storage,
+            role,
+            list(clients.values()),
+            collection=collection,
+            targets=targets,
+            sealing=sealer,
+        )
         auth = AuthenticationModuleImpl.from_settings(settings, clock)
         app.state.auth = auth
         app.state.services = Services(

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 
 import api.health
-from api.health import Health
+from api.health import SILENT_S, USELESS_S, Health
 from api.metrics import ExchangeCollector
+from collection.interfaces import FeedStatus
 from collection.role import CollectorRole
 from storage.interfaces import StorageUnavailable
 from storage.manager import StorageManagerImpl
 from storage.spool import Spool
+from target_management.interfaces import TargetStoreUnavailable
 from tests.support.clock import ManualClock
 from tests.support.entries import make_entry
 from tests.support.exchange import FakeExchange
 from tests.support.storage import InMemoryStorage
+from tests.support.targets import InMemoryTargets
 
 
 async def nothing() -> None:
@@ -37,7 +40,14 @@ class World:
             end=nothing,
         )
         self.exchange = FakeExchange(ManualClock())
-        self.health = Health(self.storage, self.role, [self.exchange])
+        self.targets = InMemoryTargets()
+        self.silent: dict[str, float | None] = {"crypto.com": 1.0, "binance": 2.0, "coinbase": None}
+        self.health = Health(
+            self.storage, self.role, [self.exchange], collection=self, targets=self.targets
+        )
+
+    def feeds(self) -> list[FeedStatus]:
+        return [FeedStatus(name, "connected", lag_s=lag) for name, lag in self.silent.items()]
 
     async def start(self) -> None:
         await self.spool.open()
@@ -113,6 +123,42 @@ async def test_who_cannot_renew_what_it_holds_is_not_ready(world: World) -> None
     world.backend.fail_with = None
     (reason,) = (await world.health.readiness()).reasons
     assert reason == "cannot say whether this service still collects: the line is cut"
+
+
+async def test_targets_that_cannot_be_read_are_a_reason(world: World) -> None:
+    await world.start()
+    world.targets.fail_with = TargetStoreUnavailable("no such table")
+    assert (await world.health.readiness()).reasons == ("targets: no such table",)
+
+
+async def test_who_stands_by_needs_no_targets(world: World) -> None:
+    world.backend.collector = "pid 7 on elsewhere"
+    world.targets.fail_with = TargetStoreUnavailable("no such table")
+    await world.start()
+    assert (await world.health.readiness()).reasons == ()
+
+
+async def test_one_silent_exchange_of_several_is_a_warning_however_long_it_lasts(
+    world: World,
+) -> None:
+    await world.start()
+    world.silent["binance"] = SILENT_S - 1
+    assert (await world.health.readiness()).warnings == ()
+    world.silent["binance"] = 10 * USELESS_S
+    readiness = await world.health.readiness()
+    assert readiness.reasons == ()
+    assert readiness.warnings == ("nothing was heard of binance for 3000 s",)
+
+
+async def test_a_service_that_hears_nothing_at_all_for_long_is_not_ready(world: World) -> None:
+    await world.start()
+    world.silent = {"crypto.com": USELESS_S + 1, "binance": 400.0, "coinbase": None}
+    readiness = await world.health.readiness()
+    assert readiness.warnings == ()
+    assert readiness.reasons == (
+        "nothing was heard of crypto.com for 301 s",
+        "nothing was heard of binance for 400 s",
+    )
 
 
 async def test_what_the_backend_warns_of_is_a_warning(world: World) -> None:
