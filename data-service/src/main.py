@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from api.app import build_app
 from api.health import Health
-from api.metrics import ExchangeCollector, StorageCollector
+from api.metrics import CollectionCollector, ExchangeCollector, StorageCollector, watch_loop
 from api.services import Services
 from auth.module import AuthenticationModuleImpl
 from collection.collection_list import CoinCollectionList
@@ -160,9 +160,17 @@ async def _assembled(
             reconciler=reconciler,
             collection=collection,
         )
-        registry.register(StorageCollector(lambda: storage.status, lambda: role.collecting))
+        registry.register(StorageCollector(storage, lambda: role.collecting))
+        registry.register(CollectionCollector(collection))
         registry.register(ExchangeCollector(list(clients.values())))
-        health = Health(storage, role, list(clients.values()), sealing=sealer)
+        health = Health(
+            storage,
+            role,
+            list(clients.values()),
+            collection=collection,
+            targets=targets,
+            sealing=sealer,
+        )
         auth = AuthenticationModuleImpl.from_settings(settings, clock)
         app.state.auth = auth
         app.state.services = Services(
@@ -172,6 +180,9 @@ async def _assembled(
             collection=collection,
             history=history,
             health=health,
+        )
+        await stack.enter_async_context(
+            _running(watch_loop(clock, app.state.metrics.loop_lag), "watching the loop", health)
         )
         # Stopped in the reverse order: intake, then settling; clients are gone by then.
         await stack.enter_async_context(_running(storage.run(), "storage", health))

@@ -45,14 +45,15 @@ def build_app(
         summary="Crypto market data without gaps, for trading bots and LLM agents",
         lifespan=with_mcp,
     )
-    app.state.metrics = ApiMetrics(CollectorRegistry() if registry is None else registry)
+    metrics = ApiMetrics(CollectorRegistry() if registry is None else registry)
+    app.state.metrics = metrics
     for router in (operations, open_routes, token_routes(settings), socket_routes):
         app.include_router(router)
-    mcp = mount_mcp(app, OPERATIONS)
+    mcp = mount_mcp(app, OPERATIONS, metrics.mcp_seconds)
     install_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware)
     app.add_middleware(CrashMiddleware)
-    app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
+    app.add_middleware(MetricsMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)
     return app

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 from api.services import Readiness
+from collection.interfaces import FeedStatus
 from collection.role import CollectorRole
 from errors import DataServiceError
 from exchange_source.interfaces import IExchangeAPIClient
 from storage.interfaces import IStorageManager
+from target_management.interfaces import ITargetManager
 
 READY_TIMEOUT_S: Final = 3.0
 # An exchange's clock that is further off than this is worth a word: it says which candles are
 # closed, to a second at best.
 SKEW_MS: Final = 5_000
+# A feed that is silent this long (real seconds) is worth a word, and one that is silent so long is
+# of no use to anybody.
+SILENT_S: Final = 60.0
+USELESS_S: Final = 300.0
 
 
 class ITroubled(Protocol):
@@ -26,9 +32,18 @@ class ITroubled(Protocol):
         """Why it does not work for now, or None."""
 
 
+class IFeeds(Protocol):
+    """Whether the exchanges are heard."""
+
+    def feeds(self) -> Sequence[FeedStatus]:
+        """How the feed of each exchange does."""
+
+
 class Health:
-    """Why the service is not ready: while it starts or drains, when storage refuses, and when
-    nobody can say who collects. What is merely worth knowing is a warning."""
+    """Why the service is not ready: while it starts or drains, when storage refuses, when the
+    targets cannot be read, when nobody can say who collects, and when nothing was heard of any
+    exchange for long. What is merely worth knowing is a warning: one exchange of several that is
+    silent must not take the others from their clients."""
 
     def __init__(
         self,
@@ -36,11 +51,15 @@ class Health:
         role: CollectorRole,
         exchanges: Sequence[IExchangeAPIClient] = (),
         *,
+        collection: IFeeds | None = None,
+        targets: ITargetManager | None = None,
         sealing: ITroubled | None = None,
     ) -> None:
         self._storage = storage
         self._role = role
         self._exchanges = exchanges
+        self._collection = collection
+        self._targets = targets
         self._sealing = sealing
         self.phase = "starting"
 
@@ -57,14 +76,9 @@ class Health:
             reasons.append(f"not collecting yet: {self._role.trouble or 'the root was not asked'}")
         elif self._role.trouble is not None:
             reasons.append(f"cannot say whether this service still collects: {self._role.trouble}")
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                await self._storage.check_health()
-                warnings += await self._storage.warnings()
-        except TimeoutError:
-            reasons.append(f"storage did not answer within {READY_TIMEOUT_S:g} s")
-        except DataServiceError as exc:
-            reasons.append(f"storage: {exc.message}")
+        why_not, cautions = await self._asked()
+        reasons += why_not
+        warnings += cautions
         status = self._storage.status
         reasons += [f"storage: {why}" for why in status.stuck]
         if status.spool_full:
@@ -78,8 +92,49 @@ class Health:
             warnings.append(
                 f"closed days are not sealed, their documents are read: {self._sealing.trouble}"
             )
+        useless, silent = self._silent_feeds()
+        reasons += useless
+        warnings += silent
         warnings += self._wrong_clocks()
         return Readiness(tuple(reasons), tuple(warnings))
+
+    async def _asked(self) -> tuple[list[str], list[str]]:
+        """Reasons and warnings of what has to be asked for, side by side."""
+        reasons, warnings = [], []
+
+        async def storage() -> None:
+            await self._storage.check_health()
+            warnings.extend(await self._storage.warnings())
+
+        async def targets() -> None:
+            # Who stands by, or has not begun, has no need of them.
+            if self._targets is not None and self._role.collecting:
+                await self._targets.list_targets(enabled=True)
+
+        async def ask(name: str, question: Callable[[], Awaitable[None]]) -> None:
+            try:
+                async with asyncio.timeout(READY_TIMEOUT_S):
+                    await question()
+            except TimeoutError:
+                reasons.append(f"{name} did not answer within {READY_TIMEOUT_S:g} s")
+            except DataServiceError as exc:
+                reasons.append(f"{name}: {exc.message}")
+
+        await asyncio.gather(ask("storage", storage), ask("targets", targets))
+        return sorted(reasons), warnings
+
+    def _silent_feeds(self) -> tuple[list[str], list[str]]:
+        """Reasons and warnings: whose silence leaves nothing live to tell, and whose does not."""
+        feeds = self._collection.feeds() if self._collection is not None else ()
+        lags = {feed.exchange: feed.lag_s for feed in feeds if feed.lag_s is not None}
+        told = [
+            f"nothing was heard of {exchange} for {lag:.0f} s"
+            for exchange, lag in lags.items()
+            if lag > SILENT_S
+        ]
+        if lags and min(lags.values()) > USELESS_S:
+            return told, []
+        return [], told
 
     def _wrong_clocks(self) -> list[str]:
         found = []

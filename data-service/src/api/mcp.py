@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 import warnings
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Annotated, Any, Final
@@ -23,7 +24,8 @@ from typing import Annotated, Any, Final
 import httpx
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
-from mcp.types import TextContent
+from mcp.types import CallToolRequest, CallToolResult, ServerResult, TextContent
+from prometheus_client import Histogram
 from starlette.types import Receive, Scope, Send
 
 from api.middleware import MAX_BODY_BYTES
@@ -44,6 +46,8 @@ _ABOUT: Final = (
     "for what is collected; summarize_history answers questions about a long range in few words."
 )
 
+_Handler = Callable[[Any], Awaitable[ServerResult]]
+
 
 class McpEndpoint:
     """The tools of one application. ``router`` serves while ``running`` is entered.
@@ -51,10 +55,12 @@ class McpEndpoint:
     Args:
         app: has every route that is to be a tool by the time ``running`` is entered.
         operations: the operation ids that become tools.
+        seconds: told how long each call took, by tool and outcome.
     """
 
-    def __init__(self, app: FastAPI, operations: Sequence[str]) -> None:
+    def __init__(self, app: FastAPI, operations: Sequence[str], seconds: Histogram) -> None:
         self._app = app
+        self._seconds = seconds
         self._operations = list(operations)
         self._manager: StreamableHTTPSessionManager | None = None
         self.router = APIRouter()
@@ -93,6 +99,8 @@ class McpEndpoint:
             # The library hands its description over as the server's version.
             tools.server.version = self._app.version
             tools.server.instructions = _ABOUT
+            handlers = tools.server.request_handlers
+            handlers[CallToolRequest] = self._timed(handlers[CallToolRequest])
             manager = StreamableHTTPSessionManager(
                 tools.server,
                 json_response=True,
@@ -118,6 +126,24 @@ class McpEndpoint:
                 finally:
                     self._manager = None
                     stopping.set()
+
+    def _timed(self, call: _Handler) -> _Handler:
+        """The same, with its time told; the SDK's own refusals are calls that failed."""
+
+        async def timed(request: Any) -> ServerResult:
+            began = time.perf_counter()
+            # A name that is no tool's is made up by the caller.
+            tool = request.params.name if request.params.name in self._operations else "other"
+            outcome = "cancelled"
+            try:
+                answer = await call(request)
+                failed = isinstance(answer.root, CallToolResult) and answer.root.isError
+                outcome = "error" if failed else "ok"
+            finally:
+                self._seconds.labels(tool, outcome).observe(time.perf_counter() - began)
+            return answer
+
+        return timed
 
     async def _serve(self, _: Annotated[Principal, Depends(get_current_user)]) -> Response:
         if self._manager is None:
@@ -152,8 +178,8 @@ def _compact(text: str) -> str:
     return json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
 
 
-def mount_mcp(app: FastAPI, operations: Sequence[str]) -> McpEndpoint:
+def mount_mcp(app: FastAPI, operations: Sequence[str], seconds: Histogram) -> McpEndpoint:
     """Add the MCP endpoint to ``app``; the caller enters its ``running`` for the lifespan."""
-    endpoint = McpEndpoint(app, operations)
+    endpoint = McpEndpoint(app, operations, seconds)
     app.include_router(endpoint.router)
     return endpoint

@@ -202,7 +202,10 @@ class MarketChannels:
             CoinNotAvailable: the series is not told.
         """
         reader = self._hub.attach(
-            series, f"{channel} of {market} on {series.exchange}", bound=self._queue_bound
+            series,
+            f"{channel} of {market} on {series.exchange}",
+            channel=channel,
+            bound=self._queue_bound,
         )
         key = (series.exchange, market, channel)
         upstream = self._upstreams.get(key)

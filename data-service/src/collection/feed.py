@@ -18,6 +18,7 @@ from typing import Final, Generic, Literal, TypeVar
 
 import structlog
 
+from collection.interfaces import FeedStatus
 from collection.waiting import first_of
 from domain.back_off import back_off_s
 from domain.candle import CandleUpdate
@@ -113,6 +114,25 @@ class FeedSupervisor:
         self._book_times: dict[str, int] = {}
         self._others: dict[tuple[str, str], list[_Running[IStreamHandle]]] = {}
         self._streams = 0
+        self._wanted = 0
+        self._silent_since = clock.monotonic()
+        self._losses = 0
+        self._reconnects = 0
+        self._stream_failures = 0
+
+    @property
+    def status(self) -> FeedStatus:
+        """How the feed does at this moment."""
+        listens = self._wanted > 0 and (self._streams > 0 or self._is_lost)
+        return FeedStatus(
+            exchange=self._exchange,
+            state=(self._state or "starting") if self._wanted else "idle",
+            lag_s=self._clock.monotonic() - self._silent_since if listens else None,
+            streams=self._streams,
+            losses=self._losses,
+            reconnects=self._reconnects,
+            stream_failures=self._stream_failures,
+        )
 
     @property
     def state(self) -> FeedState | None:
@@ -122,9 +142,11 @@ class FeedSupervisor:
     def note_data(self) -> None:
         """Data of any market of the exchange has arrived."""
         self._listen_from_now()
+        self._silent_since = self._last_data_real
         if self._state == "connected":
             return
         if self._state == "reconnecting":
+            self._reconnects += 1
             log.info("feed_restored", exchange=self._exchange)
         self._state = "connected"
         self._connected_at = self._last_data_real
@@ -244,6 +266,20 @@ class FeedSupervisor:
         *,
         on_refused: OnRefused,
     ) -> None:
+        self._wanted += 1
+        try:
+            await self._restart_for_ever(start, running, key, on_refused=on_refused)
+        finally:
+            self._wanted -= 1
+
+    async def _restart_for_ever(
+        self,
+        start: Callable[[], Awaitable[_Handle]],
+        running: dict[_Key, list[_Running[_Handle]]],
+        key: _Key,
+        *,
+        on_refused: OnRefused,
+    ) -> None:
         failures = 0
         while True:
             started = self._clock.monotonic()
@@ -260,6 +296,7 @@ class FeedSupervisor:
                 failures = 0
                 await on_refused(exc)
             except DataServiceError as exc:
+                self._stream_failures += 1
                 if self._clock.monotonic() - started > HEALTHY_AFTER_S:
                     failures = 0
                 if self._streams == 0:
@@ -307,6 +344,8 @@ class FeedSupervisor:
         if self._streams == 0:
             # Silence is counted from the moment that there is something to hear.
             self._listen_from_now()
+            if not self._is_lost:
+                self._silent_since = self._last_data_real
         item = _Running(handle, self._clock.now_ms())
         running.setdefault(key, []).append(item)
         self._streams += 1
@@ -321,6 +360,7 @@ class FeedSupervisor:
     def _lose(self, why: str, *, retry_after: float | None = None) -> None:
         if self._is_lost:
             return
+        self._losses += 1
         log.warning("feed_lost", exchange=self._exchange, why=why)
         if self._clock.monotonic() - self._connected_at > HEALTHY_AFTER_S:
             self._tries.failures = 0

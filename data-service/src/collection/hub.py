@@ -21,9 +21,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from collection.interfaces import (
+    Channel,
     ClosedCandle,
     FormingCandle,
     GapTold,
+    OutboxStatus,
+    OutboxTotals,
     StatusTold,
     StreamEvent,
 )
@@ -101,6 +104,7 @@ class Hub:
         self._topics: dict[Series, _Topic] = {}
         # What is not as it should be, for those who come while it lasts.
         self._troubles: dict[tuple[str, str | None], StatusTold] = {}
+        self._totals = {channel: OutboxTotals() for channel in Channel}
 
     def open(self, view: ISeriesView, next_open: int) -> None:
         """Begin to tell a series; ``next_open`` is the first period to be told."""
@@ -118,6 +122,17 @@ class Hub:
         topic = self._topics.get(series)
         return len(topic.readers) if topic is not None else 0
 
+    def outboxes(self) -> dict[Channel, OutboxStatus]:
+        """Who reads each channel, and how much waits for them."""
+        found = {channel: OutboxStatus(totals) for channel, totals in self._totals.items()}
+        for topic in self._topics.values():
+            for reader in topic.readers:
+                outbox = found[reader.channel]
+                outbox.readers += 1
+                outbox.waiting += reader.depth
+                outbox.deepest = max(outbox.deepest, reader.depth)
+        return found
+
     def forming(self, series: Series) -> tuple[Candle, int] | None:
         """The newest forming candle of a series that is told, and when (market ms) it came."""
         topic = self._topics.get(series)
@@ -132,21 +147,27 @@ class Hub:
             CoinNotAvailable: the series is not told.
         """
         topic = self._told(series)
-        subscription = Subscription(topic.view, topic.next_open, self._queue_bound, topic.leave)
+        subscription = Subscription(
+            topic.view,
+            topic.next_open,
+            self._queue_bound,
+            topic.leave,
+            totals=self._totals[Channel.CANDLES],
+        )
         topic.subscriptions.add(subscription)
         self._tell_troubles(series, subscription)
         if topic.forming is not None and topic.forming.timestamp >= topic.next_open:
             subscription.offer_newest(FormingCandle(topic.forming))
         return subscription
 
-    def attach(self, series: Series, of: str, *, bound: int) -> Reader:
+    def attach(self, series: Series, of: str, *, channel: Channel, bound: int) -> Reader:
         """A reader of another channel of the series' market, which somebody else serves.
 
         Raises:
             CoinNotAvailable: the series is not told.
         """
         topic = self._told(series)
-        reader = Reader(of, bound, topic.leave)
+        reader = Reader(of, bound, topic.leave, channel=channel, totals=self._totals[channel])
         topic.others.add(reader)
         self._tell_troubles(series, reader)
         return reader

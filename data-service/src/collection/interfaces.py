@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal, get_args
 
 from domain.candle import Candle
 from domain.entry import Entry
-from domain.gap import Gap
+from domain.gap import Gap, GapReason
 from domain.order_book import OrderBook
 from domain.series import Series
 from domain.ticker import Ticker
@@ -52,6 +52,74 @@ class TargetStatus:
     state: TargetState
     last_entry: int | None
     lag_ms: int | None
+
+
+FeedPhase = Literal["idle", "starting", "connected", "reconnecting"]
+FEED_PHASES: Final[tuple[FeedPhase, ...]] = get_args(FeedPhase)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedStatus:
+    """How the feed of an exchange does.
+
+    Attributes:
+        state: ``idle`` while nothing of the exchange is wanted, ``starting`` until it was heard for
+            the first time, ``connected``, or ``reconnecting`` since it was lost.
+        lag_s: real seconds since anything was heard of it, or since it was first listened to; None
+            while there is nothing to be heard.
+        streams: how many of its streams run.
+        losses: how often it was lost since the process started.
+        reconnects: how often it was heard again after that.
+        stream_failures: how often single streams ended with an error, those of a lost feed too.
+    """
+
+    exchange: str
+    state: FeedPhase
+    lag_s: float | None = None
+    streams: int = 0
+    losses: int = 0
+    reconnects: int = 0
+    stream_failures: int = 0
+
+
+@dataclass(slots=True)
+class GapCount:
+    """How many gaps there are, and how many periods they take together."""
+
+    gaps: int = 0
+    periods: int = 0
+
+
+OpenGaps = Mapping[tuple[str, str, GapReason], GapCount]
+"""Gaps that may still close, by exchange, interval and reason."""
+
+
+@dataclass(slots=True)
+class OutboxTotals:
+    """What happened to what readers of one channel had not read yet, since the process started.
+
+    Attributes:
+        replaced: forming candles, tickers or books that a newer one, or the closed candle, took the
+            place of.
+        merged: messages of trades that went out together with the one before.
+        dropped: trades, and messages of anything else, that a reader lost by being too slow; with
+            the first of them its subscription ends.
+    """
+
+    replaced: int = 0
+    merged: int = 0
+    dropped: int = 0
+
+
+@dataclass(slots=True)
+class OutboxStatus:
+    """The readers of one channel now. ``waiting`` is how many trades, and messages of anything else
+    that must be told, wait for all of them together, ``deepest`` for the one furthest behind."""
+
+    totals: OutboxTotals
+    readers: int = 0
+    waiting: int = 0
+    deepest: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from collection.waiting import first_of
 from domain.back_off import back_off_s
 from domain.clock import IClock
 from domain.entry import BOOK_TOLERANCE_MS
-from domain.gap import GapReason
+from domain.gap import Gap, GapReason
 from domain.time_range import TimeRange
 from errors import DataServiceError
 from exchange_source.interfaces import (
@@ -122,6 +122,10 @@ class SeriesKeeper:
             last_entry=end - self._step if end is not None else None,
             lag_ms=max(0, now - end) if end is not None else None,
         )
+
+    def open_gaps(self) -> list[Gap]:
+        """What of the wanted periods is missing and may still come."""
+        return self.view.open_gaps(TimeRange(self.target.since, self._clock.now_ms()))
 
     def open_from_now(self) -> None:
         """Tell subscribers from the period that runs now: for a target that was just added."""

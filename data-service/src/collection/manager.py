@@ -22,9 +22,13 @@ from collection.interfaces import (
     Availability,
     Channel,
     ClosedCandle,
+    FeedStatus,
+    GapCount,
     GapTold,
     IDataCollectionManager,
     MarketAvailability,
+    OpenGaps,
+    OutboxStatus,
     StatusTold,
     StreamEvent,
     SubscriptionStarted,
@@ -150,6 +154,32 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         finally:
             await self._stop(list(self._kept))
             await self._channels.close()
+
+    # -- how it goes ------------------------------------------------------------------------
+
+    def feeds(self) -> list[FeedStatus]:
+        """How the feed of each enabled exchange does."""
+        return [feed.status for feed in self._feeds.values()]
+
+    def outboxes(self) -> Mapping[Channel, OutboxStatus]:
+        """Who reads each channel, and how much waits for them."""
+        return self._hub.outboxes()
+
+    def open_gaps(self) -> OpenGaps:
+        """What is missing of everything that is collected here; no gap, too, is told as such."""
+        found: dict[tuple[str, str, GapReason], GapCount] = {}
+        for series, kept in self._kept.items():
+            counts = {
+                reason: found.setdefault(
+                    (series.exchange, series.interval.name, reason), GapCount()
+                )
+                for reason in GapReason
+                if reason.is_open
+            }
+            for gap in kept.keeper.open_gaps():
+                counts[gap.reason].gaps += 1
+                counts[gap.reason].periods += gap.count(series.interval)
+        return found
 
     # -- what is collected ------------------------------------------------------------------
 

@@ -13,9 +13,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Final
 
 from collection.interfaces import (
+    Channel,
     ClosedCandle,
     FormingCandle,
     GapTold,
+    OutboxTotals,
     SlowConsumer,
     StreamEvent,
     TradesTold,
@@ -38,9 +40,21 @@ class Reader:
         of: what it reads, for messages.
         bound: how much may wait: closed candles and gaps, or trades.
         leave: called when it is closed.
+        channel: what kind of events it is told.
+        totals: where it counts what was not told as it came, with all of its channel.
     """
 
-    def __init__(self, of: str, bound: int, leave: Callable[[Reader], None]) -> None:
+    def __init__(
+        self,
+        of: str,
+        bound: int,
+        leave: Callable[[Reader], None],
+        *,
+        channel: Channel,
+        totals: OutboxTotals,
+    ) -> None:
+        self.channel = channel
+        self._totals = totals
         self._of = of
         self._bound = bound
         self._leave = leave
@@ -51,14 +65,22 @@ class Reader:
         self._overrun = False
         self._ended_with: DataServiceError | None = None
 
+    @property
+    def depth(self) -> int:
+        """How many trades, and messages of anything else that must be told, wait."""
+        return self._weight
+
     def offer(self, event: StreamEvent) -> None:
         """Queue what must be told; a full queue ends the subscription."""
-        if self._overrun:
-            return
         weight = _weight(event)
+        if self._overrun:
+            self._totals.dropped += weight
+            return
         if self._queue and self._weight + weight > self._bound:
             self._overrun = True
+            self._totals.dropped += self._weight + weight
             self._queue.clear()
+            self._weight = 0
         else:
             self._weight += weight
             self._queue.append(event)
@@ -66,6 +88,8 @@ class Reader:
 
     def offer_newest(self, event: StreamEvent) -> None:
         """Keep this in the place of the one before."""
+        if self._newest is not None:
+            self._totals.replaced += 1
         self._newest = event
         self._wakes.set()
 
@@ -122,6 +146,7 @@ class Reader:
                 break
             self._queue.popleft()
             self._weight -= _weight(following)
+            self._totals.merged += 1
             trades += following.trades
         return TradesTold(tuple(trades))
 
@@ -130,9 +155,21 @@ class Subscription(Reader):
     """One reader of the candles of one series, whose next period to be told is ``next_open``."""
 
     def __init__(
-        self, view: ISeriesView, next_open: int, bound: int, leave: Callable[[Reader], None]
+        self,
+        view: ISeriesView,
+        next_open: int,
+        bound: int,
+        leave: Callable[[Reader], None],
+        *,
+        totals: OutboxTotals,
     ) -> None:
-        super().__init__(f"closed candles of {view.series}", bound, leave)
+        super().__init__(
+            f"closed candles of {view.series}",
+            bound,
+            leave,
+            channel=Channel.CANDLES,
+            totals=totals,
+        )
         self._view = view
         self._step = view.series.interval.milliseconds
         self.last_closed = next_open - self._step
@@ -182,6 +219,7 @@ class Subscription(Reader):
             and isinstance(self._newest, FormingCandle)
             and self._newest.candle.timestamp <= told.entry.timestamp
         ):
+            self._totals.replaced += 1
             self._newest = None
 
     def _for_reader(self, event: StreamEvent) -> StreamEvent | None:

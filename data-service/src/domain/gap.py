@@ -22,6 +22,11 @@ class GapReason(StrEnum):
     NOT_OFFERED = "not_offered"
     """Older than the exchange gives."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether an entry may still come."""
+        return self in (GapReason.PENDING, GapReason.UNREACHABLE)
+
 
 @dataclass(frozen=True, slots=True)
 class Gap:

@@ -124,17 +124,30 @@ class RangeSet:
             for start, end in zip(self._starts[left:right], self._ends[left:right], strict=True)
         ]
 
-    def missing(self, item: TimeRange) -> list[TimeRange]:
-        """The parts of ``item`` that this set does not cover, ascending."""
+    def missing(self, item: TimeRange, *others: RangeSet) -> list[TimeRange]:
+        """The parts of ``item`` that neither this set nor the others cover, ascending."""
+        covered = self.spans(item)
+        for other in others:
+            covered += other.spans(item)
+        if others:
+            covered.sort()
         found = []
         at = item.start
-        for part in self.within(item):
-            if part.start > at:
-                found.append(TimeRange(at, part.start))
-            at = part.end
+        for start, end in covered:
+            if start > at:
+                found.append(TimeRange(at, start))
+            at = max(at, end)
         if at < item.end:
             found.append(TimeRange(at, item.end))
         return found
+
+    def spans(self, item: TimeRange) -> list[tuple[int, int]]:
+        """The start and end of each range that meets ``item``."""
+        if not item:
+            return []
+        left = bisect_right(self._ends, item.start)
+        right = bisect_left(self._starts, item.end)
+        return list(zip(self._starts[left:right], self._ends[left:right], strict=True))
 
     @property
     def first(self) -> int | None:

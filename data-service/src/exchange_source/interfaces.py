@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Final
 
 from domain.candle import Candle, CandleUpdate
 from domain.order_book import BOOK_DEPTH, OrderBook
@@ -13,6 +15,7 @@ from domain.ticker import Ticker
 from domain.time_range import TimeRange
 from domain.trade import Trade
 from errors import DataServiceError
+from observability.durations import Durations
 
 
 class ExchangeError(DataServiceError):
@@ -43,6 +46,36 @@ class Priority(IntEnum):
     LIVE = 0
     REQUEST = 1
     BACKFILL = 2
+
+
+# Upper bounds (real seconds) of how long a request waits for its turn: from none at all, over the
+# spacing of the slowest exchange, to the patience after which it is given up.
+WAIT_BOUNDS_S: Final = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+@dataclass(slots=True)
+class RequestTotals:
+    """What asking one exchange by REST came to since the process started.
+
+    Attributes:
+        sent: requests that were sent, by priority.
+        failed: those of them that the exchange did not answer, or not usefully.
+        waited_s: how long a turn took to come (real time), by priority; a subscription that takes
+            a turn counts too.
+        turned_away: what got no turn: too many waited, it did not come in time, or the exchange
+            had asked for a longer pause than that.
+        pauses: how often the exchange asked to be left alone.
+        waiting: how many wait for their turn now.
+    """
+
+    sent: Counter[Priority] = field(default_factory=Counter)
+    failed: Counter[Priority] = field(default_factory=Counter)
+    waited_s: Mapping[Priority, Durations] = field(
+        default_factory=lambda: {priority: Durations(WAIT_BOUNDS_S) for priority in Priority}
+    )
+    turned_away: Counter[Priority] = field(default_factory=Counter)
+    pauses: int = 0
+    waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +166,11 @@ class IExchangeAPIClient(ABC):
     def clock_skew_ms(self) -> int | None:
         """How far the exchange's clock is ahead of this service's (market ms), as its last answer
         said, to about a second; None before the first."""
+
+    @property
+    @abstractmethod
+    def request_totals(self) -> RequestTotals:
+        """What asking came to so far; it goes on counting."""
 
     @abstractmethod
     async def check_coin_availability(

@@ -15,7 +15,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from domain.clock import IClock
-from exchange_source.interfaces import ExchangeRateLimited, ExchangeUnavailable, Priority
+from exchange_source.interfaces import (
+    ExchangeRateLimited,
+    ExchangeUnavailable,
+    Priority,
+    RequestTotals,
+)
 
 _Waiter = tuple[Priority, int, "asyncio.Future[None]", float]
 
@@ -55,6 +60,13 @@ class RequestLimiter:
         self._paused_until = self._next_start
         self._timer: asyncio.Task[None] | None = None
         self._closed = False
+        self._totals = RequestTotals()
+
+    @property
+    def totals(self) -> RequestTotals:
+        """What waiting came to so far; whoever sends what it admits counts that there too."""
+        self._totals.waiting = self.waiting
+        return self._totals
 
     @property
     def waiting(self) -> int:
@@ -76,7 +88,13 @@ class RequestLimiter:
             ExchangeUnavailable: too many wait already, the turn did not come within the patience,
                 or the limiter is closed.
         """
-        await self._acquire(priority, weight)
+        asked = self._clock.monotonic()
+        try:
+            await self._acquire(priority, weight)
+        except ExchangeUnavailable:
+            self._totals.turned_away[priority] += 1
+            raise
+        self._totals.waited_s[priority].add(self._clock.monotonic() - asked)
         try:
             yield
         finally:
@@ -85,6 +103,7 @@ class RequestLimiter:
 
     def penalize(self, retry_after: float) -> None:
         """Start nothing for ``retry_after`` real seconds: the exchange asked for that."""
+        self._totals.pauses += 1
         self._paused_until = max(self._paused_until, self._clock.monotonic() + retry_after)
 
     async def close(self) -> None:

@@ -104,6 +104,11 @@ class ISeriesView(ABC):
         loaded is known: load ``within`` first."""
 
     @abstractmethod
+    def open_gaps(self, within: TimeRange) -> list[Gap]:
+        """Those of ``gaps`` that may still close; periods of which nobody has looked what storage
+        holds are left out."""
+
+    @abstractmethod
     def is_settled(self, within: TimeRange) -> bool:
         """Whether settling the closed periods of ``within`` would ask the exchange for nothing
         now. Only what was loaded is known."""

@@ -15,7 +15,7 @@ import structlog
 
 from domain.clock import IClock
 from domain.entry import BOOK_TOLERANCE_MS, Entry
-from domain.gap import Gap, GapReason
+from domain.gap import Gap, GapReason, joined
 from domain.order_book import OrderBook
 from domain.series import Series
 from domain.time_range import RangeMap, RangeSet, TimeRange
@@ -154,14 +154,20 @@ class SeriesState(ISeriesView):
                 older = TimeRange(part.start, min(part.end, edge))
                 newer = TimeRange(max(part.start, edge), part.end)
                 found += [Gap(older, GapReason.NOT_OFFERED)] if older else []
-                found += [
-                    Gap(item, GapReason.UNREACHABLE) for item in self._unreachable.within(newer)
-                ]
-                if newer:
-                    found += [
-                        Gap(item, GapReason.PENDING) for item in self._unreachable.missing(newer)
-                    ]
+                found += self._open_gaps_in(newer)
         return sorted(found, key=lambda gap: gap.range)
+
+    def open_gaps(self, within: TimeRange) -> list[Gap]:
+        found: list[Gap] = []
+        for listed, _ in self._listed.within(within):
+            part = self.closed_part(listed)
+            suspected = RangeSet(run for run, _ in self._ledger.suspected.within(part))
+            for run in self._stored.missing(part, self._ledger.empty, suspected):
+                found += self._open_gaps_in(
+                    TimeRange(max(run.start, self._not_offered_before), run.end)
+                )
+        # What was listed at different times is one gap all the same.
+        return list(joined(sorted(found, key=lambda gap: gap.range)))
 
     def is_settled(self, within: TimeRange) -> bool:
         return not self._work(self.closed_part(within), self._asks)
@@ -311,6 +317,15 @@ class SeriesState(ISeriesView):
         for run, proven_at in self._ledger.suspected:
             self._due.set(run, proven_at + SECOND_PROOF_MS)
         self._ledger_loaded = True
+
+    def _open_gaps_in(self, run: TimeRange) -> list[Gap]:
+        """The gaps of a run of periods that are offered, and neither stored nor proven empty."""
+        if not run:
+            return []
+        return [
+            *(Gap(item, GapReason.UNREACHABLE) for item in self._unreachable.within(run)),
+            *(Gap(item, GapReason.PENDING) for item in self._unreachable.missing(run)),
+        ]
 
     def _whole_periods(self, wanted: TimeRange) -> TimeRange:
         """Every period that ``wanted`` meets: what is listed in part would be half unknown."""

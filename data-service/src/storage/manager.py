@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
@@ -36,6 +36,7 @@ from storage.interfaces import (
     StorageConflict,
     StorageError,
     StorageStatus,
+    StorageTotals,
     StorageUnavailable,
     Stored,
     Timestamp,
@@ -106,6 +107,7 @@ class StorageManagerImpl(IStorageManager):
         self._doubted = False
         self._away: str | None = None
         self._stuck: dict[Series, str] = {}
+        self._totals = StorageTotals()
 
     # -- the lifespan -----------------------------------------------------------------------
 
@@ -156,6 +158,19 @@ class StorageManagerImpl(IStorageManager):
             )
         series = entries[0].series
         self._check_batch(series, entries)
+        began = self._clock.monotonic()
+        try:
+            answers = await self._store(series, entries)
+        except StorageError:
+            self._totals.refused[series.exchange] += len(entries)
+            raise
+        self._totals.store_s.add(self._clock.monotonic() - began)
+        changes = Counter(answer.change for answer in answers)
+        for change, count in changes.items():
+            self._totals.entries[series.exchange, series.interval.name, change] += count
+        return answers
+
+    async def _store(self, series: Series, entries: Sequence[Entry]) -> list[Stored]:
         spool = self._spool
         async with self._lock_of(series):
             if spool is None:
@@ -307,6 +322,10 @@ class StorageManagerImpl(IStorageManager):
             spool_full=spool.is_full if spool is not None else False,
         )
 
+    @property
+    def totals(self) -> StorageTotals:
+        return self._totals
+
     # -- writing to the backend -------------------------------------------------------------
 
     async def _write_batch(self, series: Series, entries: Sequence[Entry]) -> list[Stored]:
@@ -334,7 +353,7 @@ class StorageManagerImpl(IStorageManager):
             try:
                 if changed:
                     async with self._unsealed(series, changed):
-                        await self._storage.save_entries(
+                        written = await self._storage.save_entries(
                             series.exchange,
                             series.coin,
                             [(entry.timestamp, entry.to_document()) for entry in changed],
@@ -345,6 +364,7 @@ class StorageManagerImpl(IStorageManager):
                                 if entry.timestamp in held
                             },
                         )
+                    self._totals.written_bytes[series.exchange] += written
             except StaleVersion:
                 continue
             self._remember(series, entries[0].market, answers)

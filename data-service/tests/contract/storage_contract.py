@@ -158,8 +158,14 @@ class RawDataStorageContract:
             await storage.save_entries("crypto.com", "BTC", mixed)
         assert not await storage.check_coin_exists("crypto.com", "BTC")
 
+    async def test_saving_says_how_many_bytes_it_wrote(self, storage: IRawDataStorage) -> None:
+        written = await storage.save_entries(
+            "crypto.com", "BTC", [(NOON, {"close": 1}), (LATER, {"close": 23})]
+        )
+        assert written == len(b'{"close":1}{"close":23}')
+
     async def test_saving_no_entries_does_nothing(self, storage: IRawDataStorage) -> None:
-        await storage.save_entries("crypto.com", "BTC", [])
+        assert await storage.save_entries("crypto.com", "BTC", []) == 0
         assert await storage.list_coins("crypto.com") == []
 
     async def test_entries_asked_by_time_come_by_time_and_missing_ones_are_left_out(
@@ -662,8 +668,8 @@ class RawDataStorageContract:
             ),
             return_exceptions=True,
         )
-        winners = [writer for writer, outcome in enumerate(outcomes) if outcome is None]
-        lost = [outcome for outcome in outcomes if outcome is not None]
+        winners = [writer for writer, outcome in enumerate(outcomes) if isinstance(outcome, int)]
+        lost = [outcome for outcome in outcomes if not isinstance(outcome, int)]
         assert len(winners) == 1
         assert all(isinstance(outcome, StaleVersion) for outcome in lost)
         assert await storage.get_entry("crypto.com", "BTC", NOON) == {"writer": winners[0]}

@@ -26,6 +26,7 @@ from exchange_source.interfaces import (
     IStreamHandle,
     OnBookChange,
     Priority,
+    RequestTotals,
     TickerCallback,
     TradesCallback,
     UpdateCallback,
@@ -135,6 +136,7 @@ class FakeExchange(IExchangeAPIClient):
     asked: list[Asked] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    totals: RequestTotals = field(default_factory=RequestTotals)
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -193,6 +195,10 @@ class FakeExchange(IExchangeAPIClient):
     @property
     def clock_skew_ms(self) -> int | None:
         return self.time_offset_ms if self.requests else None
+
+    @property
+    def request_totals(self) -> RequestTotals:
+        return self.totals
 
     async def check_coin_availability(
         self, coin_symbol: str, *, priority: Priority = Priority.REQUEST

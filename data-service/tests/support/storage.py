@@ -102,7 +102,7 @@ class InMemoryStorage(IRawDataStorage):
         *,
         interval: str = DEFAULT_INTERVAL,
         expected: Mapping[int, str] | None = None,
-    ) -> None:
+    ) -> int:
         encoded = []
         wanted: dict[str, str | None] = {}
         for timestamp, data in entries:
@@ -118,6 +118,7 @@ class InMemoryStorage(IRawDataStorage):
                 raise StaleVersion(f"{path}: written by another meanwhile; read it again")
         for path, content in encoded:
             self._put(path, content)
+        return sum(len(content) for _, content in encoded)
 
     async def get_entry(
         self,

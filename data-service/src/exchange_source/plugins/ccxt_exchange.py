@@ -30,6 +30,7 @@ from exchange_source.interfaces import (
     IStreamHandle,
     OnBookChange,
     Priority,
+    RequestTotals,
     TickerCallback,
     TradesCallback,
     UpdateCallback,
@@ -201,6 +202,10 @@ class CCXTExchangeClient(IExchangeAPIClient):
     @property
     def clock_skew_ms(self) -> int | None:
         return self._skew_ms if self._knows_time else None
+
+    @property
+    def request_totals(self) -> RequestTotals:
+        return self._limiter.totals
 
     async def check_coin_availability(
         self, coin_symbol: str, *, priority: Priority = Priority.REQUEST
@@ -399,10 +404,13 @@ class CCXTExchangeClient(IExchangeAPIClient):
             answer = Answer()
             token = ANSWER.set(answer)
             sent = self._clock.now_ms()
+            totals = self._limiter.totals
+            totals.sent[priority] += 1
             try:
                 async with asyncio.timeout(self._timeout_s):
                     result = await ask()
             except ExchangeUnavailable as exc:
+                totals.failed[priority] += 1
                 self._penalize(exc)
                 raise
             except ExchangeRefused:
@@ -410,6 +418,8 @@ class CCXTExchangeClient(IExchangeAPIClient):
                 raise
             except TRANSLATED as exc:
                 failed = translate(exc, self.exchange_name)
+                if failed.retryable:
+                    totals.failed[priority] += 1
                 self._penalize(failed)
                 raise failed from exc
             except RuntimeError as exc:

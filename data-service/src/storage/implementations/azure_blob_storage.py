@@ -131,7 +131,7 @@ class AzureBlobStorage(IRawDataStorage):
         *,
         interval: str = DEFAULT_INTERVAL,
         expected: Mapping[int, str] | None = None,
-    ) -> None:
+    ) -> int:
         contents: dict[str, bytes] = {}
         versions: dict[str, str | None] = {}
         for timestamp, data in entries:
@@ -158,6 +158,7 @@ class AzureBlobStorage(IRawDataStorage):
                 f"{self._address}: {', '.join(stale[:_PATHS_NAMED])}"
                 f"{f' and {more} more' if more > 0 else ''}: changed meanwhile; read it again"
             )
+        return sum(map(len, contents.values()))
 
     async def get_entry(
         self,

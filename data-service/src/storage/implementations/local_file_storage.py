@@ -170,23 +170,25 @@ class LocalFileStorage(IRawDataStorage):
         *,
         interval: str = DEFAULT_INTERVAL,
         expected: Mapping[int, str] | None = None,
-    ) -> None:
+    ) -> int:
         coin_path = StoragePathUtility.coin_path(exchange_name, coin_symbol)
         paths = self._paths(exchange_name, coin_symbol, [time for time, _ in entries], interval)
         versions = None
         if expected is not None:
             versions = {path: expected.get(timestamp) for timestamp, path in paths}
 
-        def save(work: _Work) -> None:
+        def save(work: _Work) -> int:
+            written = 0
             for files in _batches(
                 (path, data) for (_, path), (_, data) in zip(paths, entries, strict=True)
             ):
                 work.check()
                 self._disk.write(files, work.step, lock=coin_path, expected=versions)
                 self._unreadable.difference_update(f"{self._disk.root}/{path}" for path in files)
+                written += sum(map(len, files.values()))
+            return written
 
-        if paths:
-            await self._run(save, paths[0][1])
+        return await self._run(save, paths[0][1]) if paths else 0
 
     async def get_entry(
         self,

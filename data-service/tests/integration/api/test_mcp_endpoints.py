@@ -13,6 +13,7 @@ from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from structlog.testing import capture_logs
 
+from api.metrics import ApiMetrics
 from errors import CoinNotAvailable, DataServiceError, NoData, UnknownExchange
 from exchange_source.interfaces import (
     BadExchangeAnswer,
@@ -463,6 +464,27 @@ class TestTools:
             assert result.isError
             assert f'"code":"{code}"' in result.content[0].text  # type: ignore[union-attr]
         assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+    async def test_calls_are_timed_by_tool_and_outcome(self, server: Server, world: World) -> None:
+        async with self.session(server, make_token()) as session:
+            await session.call_tool("list_coins", {})
+            await session.call_tool("get_current_data", {"coin": "BTC"})
+            await session.call_tool("get_current_data", {})
+            await session.call_tool("made_up", {})
+        metrics: ApiMetrics = world.app.state.metrics
+        counts = {
+            (tool, outcome): metrics.registry.get_sample_value(
+                "cb_trade_mcp_call_seconds_count", {"tool": tool, "outcome": outcome}
+            )
+            for tool in ("list_coins", "get_current_data", "made_up", "other")
+            for outcome in ("ok", "error")
+        }
+        assert {called: count for called, count in counts.items() if count} == {
+            ("list_coins", "ok"): 1,
+            # What the tool's own schema refuses is a call, too.
+            ("get_current_data", "error"): 2,
+            ("other", "error"): 1,
+        }
 
     async def test_without_a_valid_token_there_is_no_session(self, server: Server) -> None:
         async with httpx.AsyncClient(trust_env=False) as http:

@@ -141,15 +141,21 @@ class TestOpen:
             "warnings": ["the disk is nearly full"],
         }
 
-    async def test_requests_are_counted_by_operation_not_by_path(
-        self, client: httpx.AsyncClient
-    ) -> None:
+    async def test_requests_are_timed_by_route_not_by_path(self, client: httpx.AsyncClient) -> None:
         await client.get("/api/v1/coins", headers=bearer())
+        await client.post("/api/v1/coins", json={"coin": "BTC"}, headers=bearer())
         await client.get("/made/up/path")
+        await client.request("MADEUP", "/api/v1/coins")
         text = (await client.get("/metrics")).text
-        assert 'cb_trade_http_requests_total{operation="list_coins",status="200"} 1.0' in text
-        assert 'cb_trade_http_requests_total{operation="other",status="404"} 1.0' in text
-        assert "made" not in text
+        for labels in (
+            'method="GET",route="/api/v1/coins",status="200"',
+            'method="POST",route="/api/v1/coins",status="200"',
+            'method="GET",route="other",status="404"',
+            'method="other",route="/api/v1/coins",status="405"',
+        ):
+            assert f"cb_trade_http_request_seconds_count{{{labels}}} 1.0" in text
+        assert "made" not in text.lower()
+        assert "BTC" not in text
 
 
 class TestTokens:

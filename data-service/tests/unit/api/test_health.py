@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 
 import api.health
-from api.health import Health
-from api.metrics import ExchangeCollector, StorageCollector
+from api.health import SILENT_S, USELESS_S, Health
+from api.metrics import ExchangeCollector
+from collection.interfaces import FeedStatus
 from collection.role import CollectorRole
-from storage.interfaces import StorageStatus, StorageUnavailable
+from storage.interfaces import StorageUnavailable
 from storage.manager import StorageManagerImpl
 from storage.spool import Spool
+from target_management.interfaces import TargetStoreUnavailable
 from tests.support.clock import ManualClock
 from tests.support.entries import make_entry
 from tests.support.exchange import FakeExchange
 from tests.support.storage import InMemoryStorage
+from tests.support.targets import InMemoryTargets
 
 
 async def nothing() -> None:
@@ -37,7 +40,14 @@ class World:
             end=nothing,
         )
         self.exchange = FakeExchange(ManualClock())
-        self.health = Health(self.storage, self.role, [self.exchange])
+        self.targets = InMemoryTargets()
+        self.silent: dict[str, float | None] = {"crypto.com": 1.0, "binance": 2.0, "coinbase": None}
+        self.health = Health(
+            self.storage, self.role, [self.exchange], collection=self, targets=self.targets
+        )
+
+    def feeds(self) -> list[FeedStatus]:
+        return [FeedStatus(name, "connected", lag_s=lag) for name, lag in self.silent.items()]
 
     async def start(self) -> None:
         await self.spool.open()
@@ -115,24 +125,46 @@ async def test_who_cannot_renew_what_it_holds_is_not_ready(world: World) -> None
     assert reason == "cannot say whether this service still collects: the line is cut"
 
 
+async def test_targets_that_cannot_be_read_are_a_reason(world: World) -> None:
+    await world.start()
+    world.targets.fail_with = TargetStoreUnavailable("no such table")
+    assert (await world.health.readiness()).reasons == ("targets: no such table",)
+
+
+async def test_who_stands_by_needs_no_targets(world: World) -> None:
+    world.backend.collector = "pid 7 on elsewhere"
+    world.targets.fail_with = TargetStoreUnavailable("no such table")
+    await world.start()
+    assert (await world.health.readiness()).reasons == ()
+
+
+async def test_one_silent_exchange_of_several_is_a_warning_however_long_it_lasts(
+    world: World,
+) -> None:
+    await world.start()
+    world.silent["binance"] = SILENT_S - 1
+    assert (await world.health.readiness()).warnings == ()
+    world.silent["binance"] = 10 * USELESS_S
+    readiness = await world.health.readiness()
+    assert readiness.reasons == ()
+    assert readiness.warnings == ("nothing was heard of binance for 3000 s",)
+
+
+async def test_a_service_that_hears_nothing_at_all_for_long_is_not_ready(world: World) -> None:
+    await world.start()
+    world.silent = {"crypto.com": USELESS_S + 1, "binance": 400.0, "coinbase": None}
+    readiness = await world.health.readiness()
+    assert readiness.warnings == ()
+    assert readiness.reasons == (
+        "nothing was heard of crypto.com for 301 s",
+        "nothing was heard of binance for 400 s",
+    )
+
+
 async def test_what_the_backend_warns_of_is_a_warning(world: World) -> None:
     await world.start()
     world.backend.warns = ["the disk is nearly full"]
     assert (await world.health.readiness()).warnings == ("the disk is nearly full",)
-
-
-def test_metrics_say_how_storing_goes() -> None:
-    status = StorageStatus(away="the line is cut", stuck=("a",), spooled=3, spooled_bytes=900)
-    collector = StorageCollector(lambda: status, lambda: True)
-    values = {metric.name: metric.samples[0].value for metric in collector.collect()}
-    assert values == {
-        "cb_trade_collecting": 1,
-        "cb_trade_storage_available": 0,
-        "cb_trade_storage_stuck_series": 1,
-        "cb_trade_spool_entries": 3,
-        "cb_trade_spool_bytes": 900,
-        "cb_trade_spool_full": 0,
-    }
 
 
 @pytest.mark.parametrize(
@@ -143,14 +175,15 @@ async def test_an_exchange_whose_clock_is_far_off_is_a_warning_and_a_figure(
 ) -> None:
     await world.start()
     collector = ExchangeCollector([world.exchange])
-    assert [list(metric.samples) for metric in collector.collect()] == [[]]
+    skew, *_ = collector.collect()
+    assert list(skew.samples) == []
     world.exchange.time_offset_ms = skew_ms
     await world.exchange.check_coin_availability("BTC")
     warnings = (await world.health.readiness()).warnings
     assert len(warnings) == (told is not None)
     if told is not None:
         assert f"the clock of crypto.com is {told} this machine's" in warnings[0]
-    (metric,) = collector.collect()
-    assert [(dict(sample.labels), sample.value) for sample in metric.samples] == [
+    skew, *_ = collector.collect()
+    assert [(dict(sample.labels), sample.value) for sample in skew.samples] == [
         ({"exchange": "crypto.com"}, skew_ms / 1000)
     ]

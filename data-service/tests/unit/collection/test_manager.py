@@ -655,7 +655,7 @@ async def test_a_correction_is_told_also_when_its_batch_failed_after_writing_it(
             world.exchange.put("BTC/USD", "5m", [candle(period, close=77.0)])
             save = world.raw.save_entries
 
-            async def write_then_fail(*args: Any, **kwargs: Any) -> None:
+            async def write_then_fail(*args: Any, **kwargs: Any) -> int:
                 world.raw.save_entries = save  # type: ignore[method-assign]
                 await save(*args, **kwargs)
                 raise StorageUnavailable("half way")

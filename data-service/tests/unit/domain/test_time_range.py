@@ -70,6 +70,20 @@ def test_within_and_missing_split_a_range_in_two(
     assert all(missing)
 
 
+@given(steps, steps, steps, ranges)
+def test_what_several_sets_do_not_cover_is_what_none_of_them_does(
+    first: list[tuple[bool, TimeRange]],
+    second: list[tuple[bool, TimeRange]],
+    third: list[tuple[bool, TimeRange]],
+    item: TimeRange,
+) -> None:
+    sets, models = zip(*(build(changes) for changes in (first, second, third)), strict=True)
+    missing = sets[0].missing(item, *sets[1:])
+    assert covered(missing) == instants(item) - models[0] - models[1] - models[2]
+    assert missing == sorted(missing)
+    assert all(left.end < right.start for left, right in itertools.pairwise(missing))
+
+
 @given(steps)
 def test_equal_sets_are_equal_however_they_came_to_be(
     changes: list[tuple[bool, TimeRange]],

@@ -243,6 +243,28 @@ async def test_a_turn_that_does_not_come_is_given_up(clock: ManualClock) -> None
     await finish(client)
 
 
+async def test_waits_are_counted_by_priority(clock: ManualClock) -> None:
+    client = Client(limiter_of(clock, rate=1))
+    await client.ask("a", Priority.LIVE)
+    await client.ask("b", Priority.BACKFILL)
+    assert client.limiter.totals.waiting == 1
+    await clock.advance(1_000)
+    totals = client.limiter.totals
+    assert totals.waiting == 0
+    waits = {priority: (sum(w.counts), w.total_s) for priority, w in totals.waited_s.items()}
+    assert waits == {
+        Priority.LIVE: (1, 0.0),
+        Priority.REQUEST: (0, 0.0),
+        Priority.BACKFILL: (1, pytest.approx(1.0)),
+    }
+    client.limiter.penalize(120.0)
+    with pytest.raises(ExchangeRateLimited):
+        async with client.limiter.slot(Priority.LIVE):
+            pass
+    assert (totals.turned_away, totals.pauses) == ({Priority.LIVE: 1}, 1)
+    await finish(client)
+
+
 async def test_closing_turns_everybody_away_and_leaves_no_task(clock: ManualClock) -> None:
     client = Client(limiter_of(clock))
     await client.ask("a")

@@ -58,12 +58,12 @@ class Gated(InMemoryStorage):
         coin_symbol: str,
         entries: Sequence[tuple[Timestamp, Mapping[str, Any]]],
         **options: Any,
-    ) -> None:
+    ) -> int:
         self.writing.set()
         await self.writes_may.wait()
         if self.before_writing is not None:
             self.before_writing()
-        await super().save_entries(exchange_name, coin_symbol, entries, **options)
+        return await super().save_entries(exchange_name, coin_symbol, entries, **options)
 
 
 class World:

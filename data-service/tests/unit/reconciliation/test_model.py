@@ -118,16 +118,17 @@ class FaultyStorage(InMemoryStorage):
         *,
         interval: str = "5m",
         expected: Mapping[int, str] | None = None,
-    ) -> None:
+    ) -> int:
         written = entries
         if self.writes_before_failing is not None:
             written = entries[: self.writes_before_failing]
             self.writes_before_failing -= len(written)
-        await super().save_entries(
+        size = await super().save_entries(
             exchange_name, coin_symbol, written, interval=interval, expected=expected
         )
         if len(written) < len(entries):
             raise self.write_error
+        return size
 
     async def write_blob(self, path: str, content: bytes) -> None:
         if self.writes_before_failing is not None:

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from domain.candle import Candle
 from domain.entry import Entry
-from domain.gap import Gap, GapReason
+from domain.gap import Gap, GapReason, joined
 from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
@@ -50,12 +50,16 @@ class World:
         self.exchange.put("BTC/USD", "5m", candles(start, count, holes=holes))
 
     async def settle(self, start: int = T0, end: int | None = None) -> SettleReport:
-        return await settle(
+        wanted = TimeRange(start, self.clock.now_ms() if end is None else end)
+        report = await settle(
             self.state,
-            TimeRange(start, self.clock.now_ms() if end is None else end),
+            wanted,
             asking(self.exchange, Priority.LIVE),
             page_periods=self.exchange.history_page,
         )
+        still_open = [gap for gap in self.state.gaps(wanted) if gap.reason.is_open]
+        assert self.state.open_gaps(wanted) == list(joined(still_open))
+        return report
 
     async def stored(self) -> dict[int, Candle]:
         entries = await self.storage.get_raw_data_range("crypto.com", "BTC", 0, T0 + 100 * HOUR)

@@ -20,6 +20,7 @@ from exchange_source.interfaces import (
     ExchangeRefused,
     ExchangeUnavailable,
     IExchangeAPIClient,
+    Priority,
 )
 from exchange_source.limiter import RequestLimiter
 from exchange_source.plugins.ccxt_errors import parse_http_date, parse_retry_after
@@ -317,3 +318,21 @@ def test_retry_after_is_read_as_seconds_or_a_date(
 @pytest.mark.parametrize("text", ["", "yesterday", "12"])
 def test_what_is_no_http_date_is_none(text: str) -> None:
     assert parse_http_date(text) is None
+
+
+async def test_requests_are_counted_by_priority_and_those_that_failed_again(
+    client: Plain, vendor: FakeVendor
+) -> None:
+    vendor.rows = [row(2), row(1)]
+    await client.fetch_historical_data("BTC/USD", "1m", OPEN - MINUTE, OPEN)
+    before = client.request_totals.sent[Priority.BACKFILL]
+    vendor.error = vendor_errors.NetworkError("cut")
+    with pytest.raises(ExchangeUnavailable):
+        await client.fetch_historical_data(
+            "BTC/USD", "1m", OPEN - MINUTE, OPEN, priority=Priority.BACKFILL
+        )
+    totals = client.request_totals
+    assert totals.sent[Priority.BACKFILL] == before + 1
+    assert totals.sent[Priority.REQUEST] > 0
+    assert totals.failed == {Priority.BACKFILL: 1}
+    assert sum(totals.waited_s[Priority.BACKFILL].counts) == before + 1
