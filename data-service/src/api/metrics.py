@@ -1,4 +1,4 @@
-"""What the routes count, in a registry that the application is given."""
+"""What Prometheus is told: what the routes count, and what is read of the parts when it asks."""
 
 from __future__ import annotations
 
