@@ -77,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
             "could not be checked at all."
         ),
     )
-    verify.add_argument("--coin", help="only targets of this coin")
-    verify.add_argument("--exchange", help="only targets on this exchange")
-    verify.add_argument("--interval", help="only targets of this interval")
+    _add_choice(verify)
     verify.add_argument("--days", type=_days, metavar="N", help="only the last N days")
     verify.set_defaults(run=_verify)
 
@@ -111,9 +109,7 @@ def _parser() -> argparse.ArgumentParser:
             "collects into."
         ),
     )
-    seal.add_argument("--coin", help="only of this coin")
-    seal.add_argument("--exchange", help="only of this exchange")
-    seal.add_argument("--interval", help="only of this interval")
+    _add_choice(seal)
     seal.set_defaults(run=_seal)
 
     sandbox = commands.add_parser(
@@ -134,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     token.set_defaults(run=_token)
     return parser
+
+
+def _add_choice(command: argparse.ArgumentParser) -> None:
+    """Arguments that choose among what is stored; all of it without them."""
+    command.add_argument("--coin", help="only of this coin")
+    command.add_argument("--exchange", help="only of this exchange")
+    command.add_argument("--interval", help="only of this interval")
 
 
 def _serve(_: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from domain.interval import Interval
 from domain.series import Series
 from domain.time_range import TimeRange
 from errors import InvalidRequest, NoData
+from historical.candle_columns import table_of
 from observability.progress import show_progress
 from storage.factory import create_storage, spool_folder
 from storage.path_utility import StoragePathUtility
@@ -96,7 +97,7 @@ async def _export(settings: Settings, wanted: Wanted, progress: TextIO) -> int:
                 found = await documents.read(series, asked)
                 entries = [item for time in asked if isinstance(item := found.get(time), Entry)]
                 broken += sum(time in found for time in asked) - len(entries)
-                writer.write_table(_table(entries))
+                writer.write_table(_table(entries, series))
                 written += len(entries)
                 show_progress(progress, at + len(asked), len(times))
     print(f"{out}: {written} candles of {series}")
@@ -146,23 +147,10 @@ def _writer(part: Path, kind: str) -> Any:
     return pa.ipc.new_file(part, SCHEMA)
 
 
-def _table(entries: Sequence[Entry]) -> pa.Table:
-    candles = [entry.candle for entry in entries]
-    columns = (
-        [entry.series.exchange for entry in entries],
-        [entry.series.coin for entry in entries],
-        [entry.market for entry in entries],
-        [entry.series.interval.name for entry in entries],
-        [candle.timestamp for candle in candles],
-        [candle.open for candle in candles],
-        [candle.high for candle in candles],
-        [candle.low for candle in candles],
-        [candle.close for candle in candles],
-        [candle.volume for candle in candles],
-        [entry.revision for entry in entries],
-        [entry.source for entry in entries],
-    )
-    arrays = [
-        pa.array(values, type=field.type) for values, field in zip(columns, SCHEMA, strict=True)
-    ]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+def _table(entries: Sequence[Entry], series: Series) -> pa.Table:
+    rows, count = table_of(entries), len(entries)
+    same = {"exchange": series.exchange, "coin": series.coin, "interval": series.interval.name}
+    columns = {name: rows[name].combine_chunks() for name in rows.column_names}
+    columns |= {name: pa.repeat(pa.scalar(value), count) for name, value in same.items()}
+    columns["time"] = columns["timestamp"].cast(SCHEMA.field("time").type)
+    return pa.Table.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)

@@ -23,8 +23,8 @@ from historical.sealed_store import SealedCandleStore
 from historical.sealer import CandleSealer
 from observability.progress import show_progress
 from storage.factory import create_storage
-from storage.interfaces import ICollectorLock, StorageConflict, StorageError
-from storage.root_stamp import STAMP_PATH
+from storage.interfaces import ICollectorLock, StorageConflict
+from storage.root_stamp import demand_stamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,7 @@ async def _seal(settings: Settings, wanted: Wanted, progress: TextIO) -> int:
         storage = create_storage(settings)
         stack.push_async_callback(storage.close)
         await storage.open(read_only=True)
-        if await storage.read_blob(STAMP_PATH) is None:
-            raise StorageError(
-                f"{storage.address}: no service has collected into it yet ({STAMP_PATH} is not "
-                f"there); check STORAGE_ROOT"
-            )
+        await demand_stamp(storage, redirected=None)
         lock = storage.collector_lock()
         await stack.enter_async_context(_held(lock, storage.address))
         clock = settings.market_clock

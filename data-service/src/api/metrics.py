@@ -1,4 +1,4 @@
-"""What the routes count, in a registry that the application is given."""
+"""What Prometheus is told: what the routes count, and what is read of the parts when it asks."""
 
 from __future__ import annotations
 
@@ -114,11 +114,13 @@ class StorageCollector(Collector):
         for (exchange, interval, change), count in totals.entries.items():
             stored.add_metric((exchange, interval, change.value), count)
         yield stored
-        yield _counted(
+        yield _by_label(
+            CounterMetricFamily,
             "cb_trade_entries_refused_total", "Entries that could not be stored", "exchange",
             totals.refused,
         )  # fmt: skip
-        yield _counted(
+        yield _by_label(
+            CounterMetricFamily,
             "cb_trade_stored_bytes_total", "What the documents take that were written to the "
             "storage backend", "exchange", totals.written_bytes,
         )  # fmt: skip
@@ -169,7 +171,8 @@ class CollectionCollector(Collector):
                 lag.add_metric((feed.exchange,), feed.lag_s)
         yield state
         yield lag
-        yield _gauged(
+        yield _by_label(
+            GaugeMetricFamily,
             "cb_trade_feed_streams", "Running streams of an exchange", "exchange",
             {feed.exchange: feed.streams for feed in feeds},
         )  # fmt: skip
@@ -182,7 +185,7 @@ class CollectionCollector(Collector):
              "How often a single stream ended with an error, those of a lost feed too",
              {feed.exchange: feed.stream_failures for feed in feeds}),
         ):  # fmt: skip
-            yield _counted(name, help_text, "exchange", counts)
+            yield _by_label(CounterMetricFamily, name, help_text, "exchange", counts)
 
     def _gaps(self) -> Iterable[Metric]:
         labels = ("exchange", "interval", "reason")
@@ -211,7 +214,7 @@ class CollectionCollector(Collector):
             ("cb_trade_outbox_deepest", "What waits for the reader that is furthest behind",
              {channel.value: outbox.deepest for channel, outbox in outboxes.items()}),
         ):  # fmt: skip
-            yield _gauged(name, help_text, "channel", values)
+            yield _by_label(GaugeMetricFamily, name, help_text, "channel", values)
         unsent = CounterMetricFamily(
             "cb_trade_outbox_unsent_total",
             "Events that readers were not told as they came, by what was done with them",
@@ -271,11 +274,13 @@ class ExchangeCollector(Collector):
             for priority, waited in item.waited_s.items():
                 _add_durations(waits, (exchange, priority.name.lower()), waited)
         yield waits
-        yield _gauged(
+        yield _by_label(
+            GaugeMetricFamily,
             "cb_trade_rate_limit_waiting", "Requests that wait for their turn", "exchange",
             {exchange: item.waiting for exchange, item in totals.items()},
         )  # fmt: skip
-        yield _counted(
+        yield _by_label(
+            CounterMetricFamily,
             "cb_trade_exchange_pauses_total", "How often an exchange asked to be left alone",
             "exchange", {exchange: item.pauses for exchange, item in totals.items()},
         )  # fmt: skip
@@ -320,24 +325,18 @@ class MetricsMiddleware:
             )
 
 
-def _counted(
-    name: str, help_text: str, label: str, counts: Mapping[str, int]
-) -> CounterMetricFamily:
-    """A counter with one label."""
-    family = CounterMetricFamily(name, help_text, labels=(label,))
-    for value, count in counts.items():
-        family.add_metric((value,), count)
-    return family
-
-
-def _gauged(
-    name: str, help_text: str, label: str, values: Mapping[str, float]
-) -> GaugeMetricFamily:
-    """A gauge with one label."""
-    family = GaugeMetricFamily(name, help_text, labels=(label,))
-    for value, number in values.items():
-        family.add_metric((value,), number)
-    return family
+def _by_label(
+    family: type[CounterMetricFamily] | type[GaugeMetricFamily],
+    name: str,
+    help_text: str,
+    label: str,
+    numbers: Mapping[str, float],
+) -> Metric:
+    """A counter or a gauge with one label."""
+    metric = family(name, help_text, labels=(label,))
+    for value, number in numbers.items():
+        metric.add_metric((value,), number)
+    return metric
 
 
 def _add_durations(

@@ -30,7 +30,7 @@ from collection.interfaces import (
     StatusTold,
     StreamEvent,
 )
-from collection.subscription import OPEN, Reader, Subscription
+from collection.subscription import Reader, Subscription
 from domain.candle import Candle
 from domain.clock import IClock
 from domain.entry import Entry
@@ -258,7 +258,7 @@ class Hub:
                 self._tell(topic, ClosedCandle(entry))
                 continue
             reason = reasons.get(period, GapReason.PENDING)
-            if reason in OPEN and now < topic.patience_ends(period):
+            if reason.is_open and now < topic.patience_ends(period):
                 break
             topic.next_open = period + step
             self._note_gap(topic, period, reason)
@@ -285,7 +285,7 @@ class Hub:
     def _tell_proven_late(self, topic: _Topic) -> None:
         """Tell that a period whose gap was told as open is now proven to have no trades."""
         for period, told in list(topic.told_gaps.items()):
-            if told not in OPEN:
+            if not told.is_open:
                 continue
             for gap in topic.view.gaps(TimeRange(period, period + topic.step)):
                 if gap.reason is GapReason.NO_TRADES:

@@ -20,7 +20,7 @@ from collection.waiting import first_of
 from domain.back_off import back_off_s
 from domain.clock import IClock
 from domain.entry import BOOK_TOLERANCE_MS
-from domain.gap import Gap, GapReason
+from domain.gap import Gap
 from domain.time_range import TimeRange
 from errors import DataServiceError
 from exchange_source.interfaces import (
@@ -421,11 +421,7 @@ class SeriesKeeper:
         start = interval.floor(max(self.target.since, self._live_edge(closed_end)))
         last = TimeRange(start, closed_end)
         await self.view.load(last)
-        still_open = [
-            gap
-            for gap in self.view.gaps(last)
-            if gap.reason in (GapReason.PENDING, GapReason.UNREACHABLE)
-        ]
+        still_open = [gap for gap in self.view.gaps(last) if gap.reason.is_open]
         self._open(still_open[0].range.start if still_open else closed_end)
 
     def _open(self, next_open: int) -> None:

@@ -28,7 +28,6 @@ from errors import DataServiceError
 from reconciliation.interfaces import ISeriesView
 
 # Reasons of gaps that may still close.
-OPEN: Final = (GapReason.PENDING, GapReason.UNREACHABLE)
 # Trades that waited are told this many at once.
 _TRADES_AT_ONCE: Final = 1_000
 
@@ -202,7 +201,7 @@ class Subscription(Reader):
     def newly_proven(self) -> list[Gap]:
         """The gaps that a replay told as open and that are proven to have no trades by now."""
         found = []
-        for period in [period for period, told in self._expected.items() if told in OPEN]:
+        for period in [period for period, told in self._expected.items() if told.is_open]:
             for gap in self._view.gaps(TimeRange(period, period + self._step)):
                 if gap.reason is GapReason.NO_TRADES:
                     self._expected[period] = gap.reason

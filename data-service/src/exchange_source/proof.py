@@ -62,7 +62,8 @@ class PageProof:
     def next_window(self) -> TimeRange | None:
         """The periods to ask for next, or None when nothing more can be learned."""
         if self._requests == 0:
-            return TimeRange(self._page.start - self._period, self._page.end + self._period)
+            start = self._not_before_time(self._page.start - self._period)
+            return TimeRange(start, self._page.end + self._period)
         if self._requests >= MAX_REQUESTS:
             return None
         for hole in reversed(list(self._open_holes())):
@@ -139,8 +140,13 @@ class PageProof:
         return TimeRange(self._back(_REACHES[-1]), newer)
 
     def _back(self, pages: int) -> int:
-        """``pages`` before the page, but not before time began."""
-        return max(self._page.start - pages * self._span, self._interval.ceil(self._period))
+        """``pages`` before the page."""
+        return self._not_before_time(self._page.start - pages * self._span)
+
+    def _not_before_time(self, start: int) -> int:
+        """``start``, or where that lies before time began, its second period: exchanges refuse a
+        window that begins with it."""
+        return max(start, self._interval.ceil(self._period))
 
     def _towards_newer_row(self) -> TimeRange | None:
         if self._asked_newest:

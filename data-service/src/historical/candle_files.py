@@ -18,13 +18,13 @@ from urllib.parse import quote, unquote
 from uuid import uuid4
 
 import pyarrow as pa
-from deltalake import DeltaTable, Field, Schema
-from deltalake.schema import PrimitiveType
+from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
 
 from domain.interval import KNOWN_INTERVALS, Interval
 from domain.series import Series
 from historical.sealed_days import MOST_DAYS
+from target_management.delta_engine import schema_of
 
 PARTITIONS: Final = ("exchange", "coin", "interval", "year")
 COLUMNS: Final = {
@@ -42,9 +42,7 @@ COLUMNS: Final = {
     "revision": "integer",
     "source": "string",
 }
-SCHEMA: Final = Schema(
-    [Field(name, PrimitiveType(kind), nullable=False) for name, kind in COLUMNS.items()]
-)
+SCHEMA: Final = schema_of(COLUMNS)
 # The log is cleared when upkeep asks for it, and never by other writers.
 CONFIGURATION: Final = {
     "delta.enableExpiredLogCleanup": "false",

@@ -9,7 +9,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -354,16 +354,8 @@ class CandleLog:
         _check(table, self._uri)
         return table
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._using.acquire(timeout=self._timeout_s):
-            raise CandleTableUnavailable(
-                f"{self._uri}: another thread follows the log for {self._timeout_s:g} s"
-            )
-        try:
-            yield
-        finally:
-            self._using.release()
+    def _alone(self) -> AbstractContextManager[None]:
+        return held(self._using, self._timeout_s, f"{self._uri}: another thread follows the log")
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -375,6 +367,21 @@ class CandleLog:
             raise CandleTableUnavailable(f"{self._uri}: no answer in time") from (
                 None if secret else exc
             )
+
+
+@contextmanager
+def held(lock: threading.Lock, timeout_s: float, why_not: str) -> Iterator[None]:
+    """Hold a lock that others hold for a while.
+
+    Raises:
+        CandleTableUnavailable: they held it for ``timeout_s``; ``why_not`` says who does.
+    """
+    if not lock.acquire(timeout=timeout_s):
+        raise CandleTableUnavailable(f"{why_not} for {timeout_s:g} s")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check(table: DeltaTable, uri: str) -> None:

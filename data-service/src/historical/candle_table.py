@@ -7,8 +7,8 @@ sealed days, so that other engines see what this service serves. Everything bloc
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import date
 from functools import partial
 from itertools import pairwise
@@ -35,7 +35,7 @@ from historical.candle_columns import (
     table_of,
 )
 from historical.candle_files import Change, SealedFile
-from historical.candle_log import CandleLog, FileDamaged, Snapshot, WriteConflict
+from historical.candle_log import CandleLog, FileDamaged, Snapshot, WriteConflict, held
 from historical.columns import runs_of
 from historical.interfaces import CandleTableUnavailable
 from historical.sealed_days import DAY_MS, bits_of, bits_within, ranges_of
@@ -363,16 +363,8 @@ class CandleTable:
             f"collect into a root"
         )
 
-    @contextmanager
-    def _one_writer(self) -> Iterator[None]:
-        if not self._writing.acquire(timeout=self._timeout_s):
-            raise CandleTableUnavailable(
-                f"{self._uri}: another thread writes for {self._timeout_s:g} s"
-            )
-        try:
-            yield
-        finally:
-            self._writing.release()
+    def _one_writer(self) -> AbstractContextManager[None]:
+        return held(self._writing, self._timeout_s, f"{self._uri}: another thread writes")
 
 
 def _is_within(file: SealedFile, wanted: TimeRange) -> bool:

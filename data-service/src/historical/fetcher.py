@@ -145,6 +145,22 @@ class HistoricalFetcher:
 
     async def _read(self, series: Series, market: str, wanted: TimeRange) -> _Read:
         """The series' own candles: what is stored, after the exchange was asked for the rest."""
+        found = await self._settled(series, market, wanted)
+        if await self._is_short(series, market, wanted, found):
+            found = await self._settled(series, market, wanted)
+        return found
+
+    async def _is_short(self, series: Series, market: str, wanted: TimeRange, found: _Read) -> bool:
+        """Whether documents are gone that are known to be stored; they are known to be missing
+        then, and neither a row nor a gap would tell of them."""
+        view = self._reconciler.view(series, market)
+        read = RangeSet(runs_of(found.candles.timestamp, series.interval))
+        if not any(read.missing(run) for run in view.stored_ranges(wanted)):
+            return False
+        await view.refresh(wanted)
+        return True
+
+    async def _settled(self, series: Series, market: str, wanted: TimeRange) -> _Read:
         fetched, error = RangeSet(), None
         gaps: Sequence[Gap]
         try:
@@ -256,6 +272,8 @@ class HistoricalFetcher:
         """A page of what nobody has to be asked for."""
         view = self._reconciler.view(resolved.series, resolved.market)
         found = await self._stored(resolved.series, wanted, view.gaps(wanted), RangeSet())
+        if await self._is_short(resolved.series, resolved.market, wanted, found):
+            return await self.fetch_data(resolved, wanted)
         for source in resolved.sources:
             found = await self._completed(resolved, found, source)
         return Page(wanted, found.candles, found.gaps)

@@ -7,7 +7,7 @@ from typing import Final
 from domain.series import Series
 from domain.time_range import RangeSet, TimeRange
 from historical.columns import Candles
-from historical.sealed_days import DAY_MS
+from historical.sealed_days import is_sealable
 from historical.sealed_store import SealedCandleStore
 from storage.interfaces import IStorageManager
 
@@ -29,7 +29,7 @@ class CandleReader:
             StorageError: storage cannot be read.
         """
         known, parts = RangeSet(), []
-        if self._sealed is not None and series.interval.milliseconds <= DAY_MS:
+        if self._sealed is not None and is_sealable(series.interval):
             # What waits first: what becomes a document meanwhile unseals its day, or is sealed.
             waiting = await self._storage.get_waiting(
                 series.exchange,

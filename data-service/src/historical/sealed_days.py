@@ -9,11 +9,18 @@ from collections.abc import Iterable, Iterator
 from datetime import date
 from typing import Final
 
+from domain.interval import Interval
 from domain.time_range import TimeRange
 from storage.path_utility import day_start
 
 DAY_MS: Final = 86_400_000
 MOST_DAYS: Final = 366
+
+
+def is_sealable(interval: Interval) -> bool:
+    """Whether days of an interval are sealed: of periods longer than a day there are few, and they
+    stay in their documents."""
+    return interval.milliseconds <= DAY_MS
 
 
 def bits_of(days: Iterable[date]) -> int:

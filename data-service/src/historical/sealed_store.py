@@ -112,11 +112,11 @@ class SealedCandleStore:
             self._table.prepare()
             self._table.take_over()
 
-        await self._written(begin)
+        await self._limited(begin)
 
     async def prepare(self) -> bool:
         """See ``CandleTable.prepare``."""
-        return await self._written(self._table.prepare)
+        return await self._limited(self._table.prepare)
 
     def known(self, series: Series, days: Iterable[date]) -> set[date]:
         """See ``CandleTable.known``."""
@@ -131,19 +131,30 @@ class SealedCandleStore:
         self, series: Series, days: Mapping[date, Sequence[Entry]], *, read_since: int
     ) -> None:
         """See ``CandleTable.seal``."""
-        await self._written(lambda: self._table.seal(series, days, read_since=read_since))
+        await self._whole(lambda: self._table.seal(series, days, read_since=read_since))
 
     async def unseal(self, series: Series, days: Iterable[date]) -> None:
         """See ``CandleTable.unseal``."""
-        await self._written(lambda: self._table.unseal(series, days))
+        await self._limited(lambda: self._table.unseal(series, days))
 
     async def tidy(self) -> None:
         """See ``CandleTable.tidy``."""
-        await self._written(self._table.tidy)
+        await self._limited(self._table.tidy)
 
-    async def _written(self, work: Callable[[], _T]) -> _T:
-        """Do ``work`` that writes, to its end: what was begun may still be committed, so nobody
-        goes on before it is known."""
+    async def _limited(self, work: Callable[[], _T]) -> _T:
+        """Do ``work`` that writes, and that may still be done after somebody gave it up: what comes
+        next waits behind it."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await asyncio.wrap_future(self._submitted(self._writer, work))
+        except TimeoutError:
+            raise CandleTableUnavailable(
+                f"the table of candles gave no answer in {self._timeout_s:g} s"
+            ) from None
+
+    async def _whole(self, work: Callable[[], _T]) -> _T:
+        """Do ``work`` to its end: days that were read may still be committed, so nobody may write a
+        document of theirs before it is known. Those who wait for that have a limit of their own."""
         job = self._submitted(self._writer, work)
         answer = asyncio.wrap_future(job)
         try:

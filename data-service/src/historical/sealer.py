@@ -24,7 +24,7 @@ from domain.series import Series
 from domain.time_range import TimeRange
 from historical.candle_log import WriteConflict
 from historical.interfaces import CandleTableError, CandleTableUnavailable
-from historical.sealed_days import DAY_MS
+from historical.sealed_days import DAY_MS, is_sealable
 from historical.sealed_store import SealedCandleStore
 from storage.entry_decoder import entry_decoder
 from storage.interfaces import (
@@ -66,8 +66,7 @@ class CandleSealer(ISealedDays):
     """Seals days of the ``exchanges`` of one root, and unseals them for those who write documents.
 
     One process of a root seals, the one that collects: between ``take_over`` and ``stand_by``,
-    while ``may_write`` says that it still is the one. ``run`` is owned by the lifespan. Periods
-    longer than a day stay in their documents: there are few of them.
+    while ``may_write`` says that it still is the one. ``run`` is owned by the lifespan.
     """
 
     def __init__(
@@ -191,7 +190,7 @@ class CandleSealer(ISealedDays):
             for coin in await self._storage.list_coins(exchange):
                 for name, days in (await self._storage.list_days(exchange, coin)).items():
                     series = Series(exchange, coin, Interval.parse(name))
-                    if series.interval.milliseconds <= DAY_MS:
+                    if is_sealable(series.interval):
                         await self._compare(series, days)
 
     async def _compare(self, series: Series, documents: Mapping[date, int]) -> None:
@@ -279,7 +278,7 @@ class CandleSealer(ISealedDays):
                     del being_written[day]
             if not being_written:
                 self._being_written.pop(series, None)
-            if series.interval.milliseconds <= DAY_MS:
+            if is_sealable(series.interval):
                 now = self._clock.now_ms()
                 self._unsealed.setdefault(series, {}).update(dict.fromkeys(days, now))
 
@@ -315,7 +314,7 @@ class CandleSealer(ISealedDays):
             self._look_everywhere_at = 0
 
     async def periods(self, series: Series, within: TimeRange) -> SealedPeriods:
-        if series.interval.milliseconds > DAY_MS:
+        if not is_sealable(series.interval):
             return SealedPeriods()
         known, stored = await self._store.stored(series, within)
         return SealedPeriods(known, stored)

@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from domain.entry import Entry
-from domain.gap import Gap, GapReason
+from domain.gap import Gap
 from domain.order_book import OrderBook
 from domain.series import Series
 from domain.time_range import RangeSet, TimeRange
@@ -46,9 +46,7 @@ class SettleReport:
     @property
     def open(self) -> tuple[Gap, ...]:
         """The gaps that may still close: pending or unreachable."""
-        return tuple(
-            gap for gap in self.gaps if gap.reason in (GapReason.PENDING, GapReason.UNREACHABLE)
-        )
+        return tuple(gap for gap in self.gaps if gap.reason.is_open)
 
 
 class ISeriesView(ABC):

@@ -11,8 +11,8 @@ from domain.series import Series
 from domain.time_range import TimeRange
 from errors import InvalidEntry
 from storage.implementations.local_file_storage import LocalFileStorage
-from storage.interfaces import Decode, IRawDataStorage, StorageError
-from storage.root_stamp import STAMP_PATH, check_stamp
+from storage.interfaces import Decode, IRawDataStorage
+from storage.root_stamp import demand_stamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +41,7 @@ class StoredDocuments:
             StorageError: it is not there, or no service has collected into it.
         """
         await self._storage.open(read_only=True)
-        if redirected is None:
-            stamped = await self._storage.read_blob(STAMP_PATH) is not None
-        else:
-            stamped = await check_stamp(self._storage, redirected=redirected)
-        if not stamped:
-            raise StorageError(
-                f"{self._storage.address}: no service has collected into it yet ({STAMP_PATH} is "
-                f"not there); check STORAGE_ROOT"
-            )
+        await demand_stamp(self._storage, redirected=redirected)
 
     async def has(self, exchange: str, coin: str) -> bool:
         """Whether anything of a coin is stored.

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import orjson
 
-from storage.interfaces import IRawDataStorage, StorageConflict
+from storage.interfaces import IRawDataStorage, StorageConflict, StorageError
 from storage.path_utility import SERVICE_FOLDER
 
 STAMP_PATH: Final = f"{SERVICE_FOLDER}/root.json"
@@ -49,6 +49,25 @@ async def check_stamp(storage: IRawDataStorage, *, redirected: bool) -> bool:
             f"ones: set STORAGE_ROOT to another place, or change EXCHANGE_ENDPOINTS"
         )
     return True
+
+
+async def demand_stamp(storage: IRawDataStorage, *, redirected: bool | None) -> None:
+    """Refuse a root that no service has collected into; with ``redirected`` also one of the other
+    kind.
+
+    Raises:
+        StorageConflict: it holds candles of the other kind.
+        StorageError: it has no stamp, or cannot be read.
+    """
+    if redirected is None:
+        stamped = await storage.read_blob(STAMP_PATH) is not None
+    else:
+        stamped = await check_stamp(storage, redirected=redirected)
+    if not stamped:
+        raise StorageError(
+            f"{storage.address}: no service has collected into it yet ({STAMP_PATH} is not there); "
+            f"check STORAGE_ROOT"
+        )
 
 
 async def write_stamp(storage: IRawDataStorage, *, redirected: bool) -> None:

@@ -45,9 +45,16 @@ COLUMNS: Final = {
     "created_at": "long",
     "last_updated": "long",
 }
-SCHEMA: Final = Schema(
-    [Field(name, PrimitiveType(kind), nullable=False) for name, kind in COLUMNS.items()]
-)
+
+
+def schema_of(columns: Mapping[str, str]) -> Schema:
+    """A schema of columns of simple types, none of which may be null."""
+    return Schema(
+        [Field(name, PrimitiveType(kind), nullable=False) for name, kind in columns.items()]
+    )
+
+
+SCHEMA: Final = schema_of(COLUMNS)
 # What other writers of the table go by: the log is ours to clear, once the audit has it.
 _CONFIGURATION: Final = {
     "delta.enableExpiredLogCleanup": "false",

@@ -98,6 +98,12 @@ class CcxtPluginContract:
                 await world.client.fetch_historical_data(MARKET, interval, start, end)
         assert not world.sandbox.log.by_path
 
+    async def test_a_range_from_the_beginning_of_time_is_answered(
+        self, world: SandboxWorld
+    ) -> None:
+        data = await world.client.fetch_historical_data(MARKET, "1m", 0, 10 * MINUTE)
+        assert data.candles == ()
+
     async def test_a_range_of_several_pages_is_whole(self, world: SandboxWorld) -> None:
         world.put(minutes(2_500, 0))
         async with asyncio.timeout(20):

@@ -20,7 +20,7 @@ ALLOWED = {
     "models": {"domain", "errors"},
     "config": {"domain", "errors"},
     "main": ANYTHING - {"main", "cli", "demo", "export", "sandbox", "seal", "verify"},
-    "export": {"config", "domain", "errors", "observability", "storage"},
+    "export": {"config", "domain", "errors", "historical", "observability", "storage"},
     "seal": {"config", "domain", "errors", "historical", "observability", "storage"},
     "verify": ANYTHING
     - {

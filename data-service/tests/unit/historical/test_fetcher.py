@@ -157,6 +157,20 @@ async def test_what_two_clients_ask_for_at_once_is_fetched_once_where_it_overlap
     assert list(newer.candles) == candles(T0 + HOUR, 36)
 
 
+async def test_a_document_that_is_gone_is_fetched_again_and_not_passed_over() -> None:
+    world = Collecting()
+    async with world.running():
+        await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
+        (lost,) = [path for path in world.raw.blobs if f"{T0 + FIVE}" in str(world.raw.blobs[path])]
+        del world.raw.blobs[lost]
+        page = await fetcher(world).fetch_data(RESOLVED, TWO_HOURS)
+        assert list(page.candles) == candles(T0, 24)
+        assert (page.from_storage, page.from_exchange) == (23, 1)
+        del world.raw.blobs[lost]
+        pages = [page async for page in fetcher(world).pages(RESOLVED, TWO_HOURS, periods=4)]
+        assert [candle for page in pages for candle in page.candles] == candles(T0, 24)
+
+
 async def test_what_overlaps_is_there_once_and_as_the_exchange_corrected_it() -> None:
     world = Collecting()
     await world.storage.store_raw_data(entry(T0 + 12 * FIVE))

@@ -142,6 +142,7 @@ async def test_rounds_come_by_themselves_while_this_process_has_the_root(world: 
         async with asyncio.timeout(20):
             while not world.sealed():
                 await asyncio.to_thread(world.table.sealed, BTC, ALL)
+        assert world.sealed() == [range_of(day(5))]
     finally:
         running.cancel()
         await asyncio.wait([running])
