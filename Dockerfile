@@ -1,6 +1,8 @@
 # cb-trade data service.
 # Build: docker build -t cb-trade-data-service .
-# Run:   docker run -p 8000:8000 -v cb-trade-data:/data -e AUTH_SECRET=... cb-trade-data-service
+# Run:   docker run --read-only --tmpfs /tmp -p 8000:8000 -v cb-trade-data:/data -e AUTH_SECRET=... \
+#            cb-trade-data-service
+# What is deployed names its base by digest: --build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:...
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
@@ -20,7 +22,10 @@ RUN /bootstrap/bin/uv build --wheel --no-build-isolation --python /bootstrap/bin
         /wheels/*.whl
 
 FROM ${PYTHON_IMAGE}
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin service \
+# The base brings a pip, which nothing here uses.
+RUN python -m pip uninstall --yes --quiet --root-user-action=ignore pip setuptools wheel \
+    && rm -rf /usr/local/lib/python3.11/ensurepip \
+    && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin service \
     && install --directory --owner 10001 --group 10001 /data
 COPY --from=build /app /app
 ENV PATH=/app/bin:$PATH \
@@ -30,6 +35,14 @@ ENV PATH=/app/bin:$PATH \
     STORAGE_ROOT=/data \
     STATE_DIR=/data \
     LOG_FORMAT=json
+ARG SOURCE=""
+ARG REVISION=unknown
+ARG VERSION=0.1.0
+ENV REVISION=${REVISION}
+LABEL org.opencontainers.image.title="cb-trade data service" \
+      org.opencontainers.image.source=${SOURCE} \
+      org.opencontainers.image.revision=${REVISION} \
+      org.opencontainers.image.version=${VERSION}
 USER 10001
 WORKDIR /data
 VOLUME /data

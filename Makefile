@@ -23,7 +23,7 @@ PEERS := .venv-peers
 # Other engines that read the table of candles.
 ENGINES := .venv-engines
 
-.PHONY: help setup run run-live test drill peers engines soak check format bench lock clean
+.PHONY: help setup run run-live test drill peers engines soak check format scan bench lock clean
 
 help: ## Show what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -83,15 +83,27 @@ soak: setup ## Run the service for 24 hours of a fast market and watch its memor
 	@$(BIN)/python data-service/benchmarks/soak.py
 
 check: setup ## Lint, types and the architecture rules
-	@$(BIN)/ruff format --check data-service
-	@$(BIN)/ruff check data-service
+	@$(BIN)/ruff format --check data-service deploy
+	@$(BIN)/ruff check data-service deploy
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest --quiet data-service/tests/unit/test_layers.py
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/zizmor --offline --quiet .github/workflows
+	@$(BIN)/yamllint --strict .github environment.yml deploy .yamllint.yaml
+	@$(BIN)/hadolint Dockerfile
 
 format: setup ## Format the code and mend what the linter can
-	@$(BIN)/ruff format data-service
-	@$(BIN)/ruff check --fix data-service
+	@$(BIN)/ruff format data-service deploy
+	@$(BIN)/ruff check --fix data-service deploy
+
+# Python's packages only: the base's own are renewed with the digest that names it.
+scan: setup ## Look for known vulnerabilities in the packages of an image: make scan IMAGE=name
+	@test -n "$(IMAGE)" || { echo "make: name the image: make scan IMAGE=name" >&2; exit 1; }
+	@folder=$$(mktemp -d) && container=$$(docker create "$(IMAGE)") && \
+		trap 'docker rm "$$container" >/dev/null; rm -rf "$$folder"' EXIT && \
+		docker cp --quiet "$$container:/app/lib/python3.11/site-packages" "$$folder" && \
+		$(BIN)/pip-audit --progress-spinner off --path "$$folder/site-packages"
 
 bench: setup $(AZURITE_READY) ## Run the benchmarks
 	@for bench in data-service/benchmarks/bench_*.py; do \

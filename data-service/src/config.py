@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     auth_audience: str = Field(default="cb-trade-data", min_length=1)
     auth_users: Annotated[dict[str, SecretStr], NoDecode] = {}
 
+    revision: str | None = None
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["console", "json"] = "console"
     market_clock: Annotated[MarketClock, NoDecode] = MarketClock()

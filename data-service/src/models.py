@@ -472,14 +472,21 @@ class TokenResponse(BaseModel):
     scope: str
 
 
+_Revision = Annotated[
+    str | None, Field(description="Of the sources that the image was built of, where it says so.")
+]
+
+
 class LiveResponse(BaseModel):
     status: Literal["alive"]
+    revision: _Revision = None
 
 
 class ReadyResponse(BaseModel):
     status: Literal["ready", "not_ready"]
     reasons: list[str]
     warnings: list[str]
+    revision: _Revision = None
 
 
 # --- a WebSocket client's messages ---------------------------------------------------------------

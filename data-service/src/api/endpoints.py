@@ -410,16 +410,22 @@ def _end(query: SummaryRequest, services: Services) -> int:
 open_routes: Final = APIRouter(tags=["operations"])
 
 
-@open_routes.get("/health/live", operation_id="health_live", response_model=LiveResponse)
-async def health_live() -> dict[str, Any]:
+@open_routes.get(
+    "/health/live",
+    operation_id="health_live",
+    response_model=LiveResponse,
+    response_model_exclude_none=True,
+)
+async def health_live(services: WithServices) -> dict[str, Any]:
     """Whether the process answers."""
-    return {"status": "alive"}
+    return {"status": "alive", "revision": services.settings.revision}
 
 
 @open_routes.get(
     "/health/ready",
     operation_id="health_ready",
     response_model=ReadyResponse,
+    response_model_exclude_none=True,
     responses={503: {"model": ReadyResponse, "description": "Not now, and why"}},
 )
 async def health_ready(services: WithServices, response: Response) -> dict[str, Any]:
@@ -431,6 +437,7 @@ async def health_ready(services: WithServices, response: Response) -> dict[str, 
         "status": "not_ready" if readiness.reasons else "ready",
         "reasons": readiness.reasons,
         "warnings": readiness.warnings,
+        "revision": services.settings.revision,
     }
 
 

@@ -117,6 +117,12 @@ class TestSecured:
 
 
 class TestOpen:
+    @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+    async def test_the_revision_of_an_image_is_told_where_there_is_one(self, path: str) -> None:
+        for revision in ("4be1c0d", None):
+            async with http_client(make_world(make_settings(revision=revision))) as client:
+                assert (await client.get(path)).json().get("revision") == revision
+
     @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics"])
     async def test_operations_need_no_token(self, client: httpx.AsyncClient, path: str) -> None:
         assert (await client.get(path)).status_code == 200
