@@ -40,6 +40,14 @@ def clean_environment(**settings: str) -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | settings
 
 
+def events(log: str, *names: str) -> list[dict[str, Any]]:
+    """The events of a log in JSON, those of these names alone where any are given; a line that is
+    no event fails, but for the one that is being written."""
+    whole, _, _ = log.rpartition("\n")
+    found = [json.loads(line) for line in whole.splitlines()]
+    return [event for event in found if not names or event["event"] in names]
+
+
 async def until(what: Callable[[], Awaitable[bool]], *, within_s: float = 60.0) -> None:
     """Ask again until it is so; for what another process says only when it is asked."""
     async with asyncio.timeout(within_s):
@@ -151,7 +159,8 @@ class Stack:
 
     async def start_service(self) -> None:
         self._log += 1
-        with (self.folder / f"service-{self._log}.log").open("wb") as errors:
+        log = self.folder / f"service-{self._log}.log"
+        with log.open("wb") as errors:
             self.service = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -162,7 +171,21 @@ class Stack:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
             )
-        self.url = (await line_with(self.service, " on http")).rsplit(" ", 1)[-1]
+        if self.settings.get("LOG_FORMAT") == "json":
+            self.url = await self._logged_url(log)
+        else:
+            self.url = (await line_with(self.service, " on http")).rsplit(" ", 1)[-1]
+
+    async def _logged_url(self, log: Path) -> str:
+        async def is_told() -> bool:
+            assert self.service is not None
+            assert self.service.returncode is None, log.read_text()
+            return bool(events(log.read_text(), "serving"))
+
+        await until(is_told, within_s=START_TIMEOUT_S)
+        (told,) = events(log.read_text(), "serving")
+        url: str = told["url"]
+        return url
 
     async def kill_service(self) -> None:
         assert self.service is not None
