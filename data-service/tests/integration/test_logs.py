@@ -1,4 +1,4 @@
-"""The log of a running service in JSON: one line an event, whose request it speaks of, no secret."""
+"""The log of a running service in JSON: one line an event, whose request it is of, no secret."""
 
 from __future__ import annotations
 

@@ -159,8 +159,7 @@ class Stack:
 
     async def start_service(self) -> None:
         self._log += 1
-        log = self.folder / f"service-{self._log}.log"
-        with log.open("wb") as errors:
+        with (self.folder / f"service-{self._log}.log").open("wb") as errors:
             self.service = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -172,20 +171,23 @@ class Stack:
                 stderr=errors,
             )
         if self.settings.get("LOG_FORMAT") == "json":
-            self.url = await self._logged_url(log)
+            self.url = await self._logged_url()
         else:
             self.url = (await line_with(self.service, " on http")).rsplit(" ", 1)[-1]
 
-    async def _logged_url(self, log: Path) -> str:
+    async def _logged_url(self) -> str:
         async def is_told() -> bool:
             assert self.service is not None
-            assert self.service.returncode is None, log.read_text()
-            return bool(events(log.read_text(), "serving"))
+            assert self.service.returncode is None, self.logs()
+            return bool(self._logged_urls())
 
         await until(is_told, within_s=START_TIMEOUT_S)
-        (told,) = events(log.read_text(), "serving")
-        url: str = told["url"]
-        return url
+        return self._logged_urls()[0]
+
+    def _logged_urls(self) -> list[str]:
+        """Where the service that was started last has said it serves."""
+        log = self.folder / f"service-{self._log}.log"
+        return [told["url"] for told in events(log.read_text(), "serving")]
 
     async def kill_service(self) -> None:
         assert self.service is not None
