@@ -23,6 +23,10 @@ REQUEST_ID_HEADER: Final = "X-Request-ID"
 _CHOSEN_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Asked every few seconds by machines, and of no interest while they answer.
 _ASKED_ALWAYS: Final = frozenset({"/health/live", "/health/ready", "/metrics"})
+# What answers a request, or a handshake.
+_ANSWERS: Final = frozenset(
+    {"http.response.start", "websocket.accept", "websocket.http.response.start"}
+)
 # Others can be made up without end.
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -48,7 +52,7 @@ class RequestIdMiddleware:
         request_id = chosen if is_loggable_id(chosen) else uuid4().hex
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] in ("http.response.start", "websocket.accept"):
+            if message["type"] in _ANSWERS:
                 MutableHeaders(scope=message).append(REQUEST_ID_HEADER, request_id)
             await send(message)
 

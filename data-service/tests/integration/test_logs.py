@@ -106,9 +106,9 @@ async def test_what_a_connection_leads_to_carries_its_id_and_the_subscriptions(
         await until(is_closed)
         (closed,) = events(running.logs(), "websocket_closed")
         assert (closed["request_id"], closed["code"]) == ("socket-1", 1000)
-        with pytest.raises(websockets.InvalidStatus):
-            async with websockets.connect(address, additional_headers={"X-Request-ID": "socket-2"}):
-                pass
+        with pytest.raises(websockets.InvalidStatus) as denied:
+            await websockets.connect(address, additional_headers={"X-Request-ID": "socket-2"})
+        assert denied.value.response.headers["X-Request-ID"] == "socket-2"
         (refused,) = requests_of(running, "socket-2")
         assert refused["status"] == 401
 

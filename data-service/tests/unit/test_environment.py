@@ -30,6 +30,12 @@ def test_the_conda_environment_takes_python_and_the_lock() -> None:
     assert {"pandas", "numpy", "pytest", "deltalake"} <= set(locked(lock))
 
 
+def test_the_image_traces_as_soon_as_it_is_told_where_to() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = [re.split(r"[<>=!~ ]", item)[0] for item in project["optional-dependencies"]["otel"]]
+    assert set(extra) <= set(locked("requirements.lock"))
+
+
 def test_the_locks_hold_every_dependency_by_hash_and_agree() -> None:
     runtime, development = locked("requirements.lock"), locked("requirements-dev.lock")
     assert [name for name in wanted() if name not in runtime] == []
