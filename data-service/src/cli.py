@@ -171,6 +171,7 @@ def _run_service(settings: Settings) -> int:
             host=settings.host,
             port=settings.port,
             log_config=None,
+            access_log=False,  # the application tells of each request itself
             lifespan="on",
             ws_max_size=MESSAGE_BYTES,
             timeout_graceful_shutdown=DRAIN_S,
