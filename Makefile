@@ -23,7 +23,7 @@ PEERS := .venv-peers
 # Other engines that read the table of candles.
 ENGINES := .venv-engines
 
-.PHONY: help setup run run-live test drill peers engines soak check format scan bench lock clean
+.PHONY: help setup run run-live test drill peers engines soak check format image scan bench lock clean
 
 help: ## Show what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -96,6 +96,9 @@ check: setup ## Lint, types and the architecture rules
 format: setup ## Format the code and mend what the linter can
 	@$(BIN)/ruff format data-service deploy
 	@$(BIN)/ruff check --fix data-service deploy
+
+image: setup ## Build the image, start it and prove that it works: size, health, a coin, SIGTERM (3 minutes)
+	@deploy/verify_image.sh
 
 # Python's packages only: the base's own are renewed with the digest that names it.
 scan: setup ## Look for known vulnerabilities in the packages of an image: make scan IMAGE=name
