@@ -89,9 +89,11 @@ check: setup ## Lint, types and the architecture rules
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest --quiet data-service/tests/unit/test_layers.py
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	@$(BIN)/zizmor --offline --quiet .github/workflows
+	@$(BIN)/zizmor --offline --quiet --persona auditor .github/workflows
 	@$(BIN)/yamllint --strict .github environment.yml deploy .yamllint.yaml
 	@$(BIN)/hadolint Dockerfile
+	@! command -v promtool >/dev/null || promtool check rules --lint=all --lint-fatal deploy/prometheus/alerts.yml >/dev/null
+	@! command -v promtool >/dev/null || promtool test rules deploy/prometheus/alerts_test.yml >/dev/null
 
 format: setup ## Format the code and mend what the linter can
 	@$(BIN)/ruff format data-service deploy
