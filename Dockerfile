@@ -6,15 +6,20 @@
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
+# For networks with a certificate authority of their own: a bundle that is mounted while it builds.
+ARG PIP_CERT
+ARG SSL_CERT_FILE
 WORKDIR /build
 COPY requirements-bootstrap.lock requirements.lock ./
 RUN python -m venv /bootstrap \
     && /bootstrap/bin/pip install --no-cache-dir --require-hashes -r requirements-bootstrap.lock \
     && python -m venv --without-pip /app
 # The lock holds the extra otel: traces take an endpoint in the environment and no other image.
-# Bytecode is compiled here: the file system of the running container may be read-only.
+# Bytecode is compiled here: the file system of the running container may be read-only. The libraries'
+# own tests are a tenth of them, and nothing imports them.
 RUN VIRTUAL_ENV=/app /bootstrap/bin/uv pip install --no-cache --require-hashes --compile-bytecode \
-    -r requirements.lock
+        -r requirements.lock \
+    && find /app/lib -type d \( -name tests -o -name test \) -prune -exec rm -rf {} +
 COPY pyproject.toml README.md ./
 COPY data-service/src data-service/src
 RUN /bootstrap/bin/uv build --wheel --no-build-isolation --python /bootstrap/bin/python \
@@ -24,8 +29,8 @@ RUN /bootstrap/bin/uv build --wheel --no-build-isolation --python /bootstrap/bin
 
 FROM ${PYTHON_IMAGE}
 # The base brings a pip, which nothing here uses.
-RUN python -m pip uninstall --yes --quiet --root-user-action=ignore pip setuptools wheel \
-    && rm -rf /usr/local/lib/python3.11/ensurepip \
+RUN rm -rf /usr/local/lib/python3.11/site-packages/* /usr/local/lib/python3.11/ensurepip \
+        /usr/local/bin/pip* /usr/local/bin/wheel \
     && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin service \
     && install --directory --owner 10001 --group 10001 /data
 COPY --from=build /app /app
@@ -36,7 +41,7 @@ ENV PATH=/app/bin:$PATH \
     STORAGE_ROOT=/data \
     STATE_DIR=/data \
     LOG_FORMAT=json
-ARG SOURCE=""
+ARG SOURCE=https://github.com/cyberbuild/cb-trade-data-service
 ARG REVISION=unknown
 ARG VERSION=0.1.0
 ENV REVISION=${REVISION}

@@ -44,13 +44,18 @@ def build_app(
         async with lifespan(app), mcp.running():
             yield
 
+    release = version(DISTRIBUTION)
     app = FastAPI(
         title=TITLE,
-        version=version(DISTRIBUTION),
+        version=release,
         summary="Crypto market data without gaps, for trading bots and LLM agents",
         lifespan=with_mcp,
     )
-    metrics = ApiMetrics(CollectorRegistry() if registry is None else registry)
+    metrics = ApiMetrics(
+        CollectorRegistry() if registry is None else registry,
+        version=release,
+        revision=settings.revision or "",
+    )
     app.state.metrics = metrics
     for router in (operations, open_routes, token_routes(settings), socket_routes):
         app.include_router(router)

@@ -27,10 +27,18 @@ LAG_EVERY_S: Final = 0.25
 
 
 class ApiMetrics:
-    """Requests and calls, what the WebSocket connections hold, and how busy the loop is."""
+    """What runs, requests and calls, what the WebSocket connections hold, how busy the loop is."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, *, version: str = "", revision: str = ""
+    ) -> None:
         self.registry = registry
+        Gauge(
+            "cb_trade_build_info",
+            "What runs here: always 1",
+            ("version", "revision"),
+            registry=registry,
+        ).labels(version, revision).set(1)
         self.http_seconds = Histogram(
             "cb_trade_http_request_seconds",
             "Real time from a request to the end of its answer",

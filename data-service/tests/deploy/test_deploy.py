@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.processes import completed, market_clock, stack
+
 SCRIPT = Path(__file__).parents[3] / "deploy/deploy.py"
+NOON = 1_763_985_600_000  # 2025-11-24T12:00:00Z
 OLD, NEW = (f"registry.example/service@sha256:{digit * 64}" for digit in "ab")
 SECRET = 'a secret: with "quotes" # and all'
 
@@ -75,6 +78,7 @@ class World:
         created = self.created()
         revision = created[-1]["tags"]["revision"] if created else "old"
         revision = self.still or revision
+        assert path in ("/health/ready", "/api/v1/coins")
         if path == "/health/ready":
             ready = revision not in self.never_ready
             status = "ready" if ready else "not_ready"
@@ -84,7 +88,7 @@ class World:
         target = {"target_id": "crypto.com:BTC:5m", "last_entry": self._candle or None}
         return 200, {"targets": [target] if self.targets else []}
 
-    def run(self, **environ: str) -> subprocess.CompletedProcess[str]:
+    def environment(self, **environ: str) -> dict[str, str]:
         names = (
             "CONTAINER_GROUP LOCATION IDENTITY_ID IDENTITY_CLIENT_ID REGISTRY_SERVER "
             "REGISTRY_USERNAME REGISTRY_PASSWORD DNS_LABEL STORAGE_CONTAINER STORAGE_ACCOUNT_URL "
@@ -105,9 +109,12 @@ class World:
             "AZ_FOLDER": str(self.folder),
             "no_proxy": "127.0.0.1",
         }
+        return values | environ
+
+    def run(self, **environ: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, SCRIPT],
-            env=values | environ,
+            env=self.environment(**environ),
             capture_output=True,
             text=True,
             timeout=30,
@@ -197,6 +204,25 @@ def test_a_first_deployment_adds_the_coin_that_it_is_checked_by(world: World) ->
     world.deployed(None)
     world.targets = False
     assert world.run(CHECK_COIN="BTC").returncode == 0
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+async def test_a_real_service_is_found_ready_and_gains_a_candle(tmp_path: Path) -> None:
+    """What the script asks is what the service answers: a period of its market is 5 s here."""
+    clock = market_clock(NOON, 60)
+    async with stack(tmp_path, clock, BACKFILL_DAYS="0.1", REVISION="new") as running:
+        world = World(tmp_path)
+        world.url = running.url
+        given = world.environment(
+            CHECK_TOKEN=running.token(), CHECK_COIN="BTC", READY_TIMEOUT_S="30",
+            CANDLE_TIMEOUT_S="30",
+        )  # fmt: skip
+        code, output, errors = await completed(
+            sys.executable, str(SCRIPT), environment=given, folder=tmp_path, within_s=90
+        )
+    assert (code, world.images()) == (0, [NEW]), errors
+    assert "a target gains a candle: yes" in output
 
 
 @pytest.mark.parametrize(

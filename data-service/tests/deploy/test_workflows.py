@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[3]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 # What GitHub's runners bring: they are not ours to define.
-BROUGHT = {"docker", "python3", "$CONDA/bin/conda", "[["}
+BROUGHT = {"sudo", "python3", "$CONDA/bin/conda", "[["}
 
 
 def jobs(path: Path) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,12 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[3]
 
@@ -17,17 +23,52 @@ def locked(name: str) -> dict[str, str]:
     )
 
 
-def wanted() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [re.split(r"[\[<>=!~ ]", item)[0] for item in project["dependencies"]]
+def project() -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return found
 
 
-def test_the_conda_environment_takes_python_and_the_lock() -> None:
-    text = (ROOT / "environment.yml").read_text()
-    assert re.search(r"^name: cb-trade$", text, re.MULTILINE)
-    assert re.search(r"^  - python=3\.11$", text, re.MULTILINE)
-    (lock,) = re.findall(r"-r (\S+)", text)
-    assert {"pandas", "numpy", "pytest", "deltalake"} <= set(locked(lock))
+def wanted() -> list[Requirement]:
+    return [Requirement(item) for item in project()["project"]["dependencies"]]
+
+
+# name, name=version or name==version: what conda's own parser takes of what is written there.
+CONDA_SPEC = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]*)(?:={1,2}(?P<version>\d+(?:\.\d+)*))?")
+
+
+def test_the_conda_environment_is_what_the_project_wants() -> None:
+    """Read as conda reads it; that it can be created is for a machine that reaches conda-forge."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert set(environment) == {"name", "channels", "dependencies"}
+    assert environment["name"] == "cb-trade"
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    *specs, pip = environment["dependencies"]
+    versions: dict[str, str] = {}
+    for spec in specs:
+        parsed = CONDA_SPEC.fullmatch(spec)
+        assert parsed, spec
+        versions[parsed["name"]] = parsed["version"]
+    assert set(versions) == {"python", "nodejs", "pip"}
+    assert versions["python"] in SpecifierSet(project()["project"]["requires-python"])
+    hashes, lock = pip["pip"]
+    assert (set(pip), hashes) == ({"pip"}, "--require-hashes")
+    assert lock == "-r requirements-dev.lock"
+
+
+def test_the_lock_holds_what_the_project_wants_and_nothing_unpinned() -> None:
+    lock = locked("requirements-dev.lock")
+    groups = [Requirement(item) for item in project()["dependency-groups"]["dev"]]
+    assert {"pandas", "numpy", "pytest", "deltalake"} <= set(lock)
+    assert {
+        str(item): lock.get(canonicalize_name(item.name))
+        for item in [*wanted(), *groups]
+        if lock.get(canonicalize_name(item.name), "") not in item.specifier
+    } == {}
+    text = (ROOT / "requirements-dev.lock").read_text()
+    for package in re.split(r"\n(?=\S)", text):
+        first = package.splitlines()[0]
+        assert re.match(r"[a-z0-9._-]+==\S+", first), first
+        assert "--hash=sha256:" in package, first
 
 
 def test_the_image_traces_as_soon_as_it_is_told_where_to() -> None:
@@ -38,7 +79,7 @@ def test_the_image_traces_as_soon_as_it_is_told_where_to() -> None:
 
 def test_the_locks_hold_every_dependency_by_hash_and_agree() -> None:
     runtime, development = locked("requirements.lock"), locked("requirements-dev.lock")
-    assert [name for name in wanted() if name not in runtime] == []
+    assert [item for item in wanted() if item.name not in runtime] == []
     assert {
         name: (version, development.get(name))
         for name, version in runtime.items()
@@ -51,7 +92,7 @@ def test_the_locks_hold_every_dependency_by_hash_and_agree() -> None:
 
 
 def test_the_lock_of_the_peers_holds_them_as_they_are_wanted_and_what_builds_them() -> None:
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    groups = project()["dependency-groups"]
     lock = locked("requirements-peers.lock")
     pinned = dict(item.split("==") for item in groups["peers"] if "==" in item)
     assert {name: lock.get(name) for name in pinned} == pinned
@@ -61,7 +102,7 @@ def test_the_lock_of_the_peers_holds_them_as_they_are_wanted_and_what_builds_the
 
 
 def test_the_lock_of_the_engines_and_their_page_name_the_versions_that_are_wanted() -> None:
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    groups = project()["dependency-groups"]
     lock = locked("requirements-engines.lock")
     items = (re.sub(r"\[.*\]", "", item) for item in groups["engines"] if "==" in item)
     pinned = dict(item.split("==") for item in items)
@@ -94,5 +135,5 @@ def test_the_image_copies_what_exists() -> None:
 
 
 def test_the_image_is_labelled_with_the_version_of_the_project() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    version = project()["project"]["version"]
     assert f"ARG VERSION={version}\n" in (ROOT / "Dockerfile").read_text()

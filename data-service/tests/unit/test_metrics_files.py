@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from api.metrics import ApiMetrics, CollectionCollector, ExchangeCollector, StorageCollector
@@ -66,9 +67,9 @@ def test_the_page_says_what_is_exposed_and_nothing_else(exposed: Exposed) -> Non
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    for line in ALERTS.read_text().splitlines():
-        if "expr:" in line:
-            yield "alerts", line.split("expr:", 1)[1].strip()
+    for group in yaml.safe_load(ALERTS.read_text())["groups"]:
+        for rule in group["rules"]:
+            yield rule["alert"], rule["expr"]
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         for target in panel.get("targets", ()):
             yield panel["title"], target["expr"]
