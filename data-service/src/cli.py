@@ -21,7 +21,7 @@ from domain.interval import DEFAULT_INTERVAL
 from domain.time_range import TimeRange
 from errors import DataServiceError, InvalidRequest
 from models import parse_time
-from observability.logging import configure_logging
+from observability.logging import configure_logging, print_event
 from observability.tracing import tracing
 from sandbox import command as sandbox_command
 
@@ -178,7 +178,7 @@ def _run_service(settings: Settings) -> int:
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
         ),
-        announce=_log_address if settings.log_format == "json" else _print_address,
+        announce=_print_event_of_address if settings.log_format == "json" else _print_address,
     )
     # The server raises the signal that stopped it once more when it is done; a stop that was
     # asked for is a success.
@@ -294,7 +294,7 @@ class _OneLineFailures:
 
 
 class _Server(uvicorn.Server):
-    """Says where it serves, once it does."""
+    """Says on standard output where it serves, once it does."""
 
     def __init__(self, config: uvicorn.Config, *, announce: Callable[[str], None]) -> None:
         super().__init__(config)
@@ -311,8 +311,8 @@ def _print_address(url: str) -> None:
     print(f"cb-trade-data serving on {url}", flush=True)
 
 
-def _log_address(url: str) -> None:
-    log.info("serving", url=url)
+def _print_event_of_address(url: str) -> None:
+    print_event("serving", logger="cli", url=url)
 
 
 def _token(options: argparse.Namespace) -> int:

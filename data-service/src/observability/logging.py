@@ -76,6 +76,19 @@ def configure_logging(level: str, fmt: Literal["console", "json"]) -> None:
     threading.excepthook = _log_thread_crash
 
 
+def print_event(event: str, **values: str) -> None:
+    """One event in JSON on standard output, whatever the level: for who started this process."""
+    line: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
+        structlog.PrintLogger(sys.stdout),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+    )
+    line.info(event, **values)
+
+
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in its stub alone
     """Writes to standard error; what cannot be rendered is told by its place, in one line, where
     the standard library would print a traceback."""

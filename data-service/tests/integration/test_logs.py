@@ -159,7 +159,7 @@ async def test_a_log_of_everything_holds_no_secret_and_one_event_a_line(tmp_path
         assert await running.service.stdout.read() == b""
         log = running.logs()
     told = events(log)
-    assert {"serving", "collecting", "request", "stopped"} <= {event["event"] for event in told}
+    assert {"collecting", "request", "stopped"} <= {event["event"] for event in told}
     assert all({"level", "logger", "timestamp"} <= set(event) for event in told)
     for secret in (
         SECRET,

@@ -171,23 +171,9 @@ class Stack:
                 stderr=errors,
             )
         if self.settings.get("LOG_FORMAT") == "json":
-            self.url = await self._logged_url()
+            self.url = json.loads(await line_with(self.service, '"serving"'))["url"]
         else:
             self.url = (await line_with(self.service, " on http")).rsplit(" ", 1)[-1]
-
-    async def _logged_url(self) -> str:
-        async def is_told() -> bool:
-            assert self.service is not None
-            assert self.service.returncode is None, self.logs()
-            return bool(self._logged_urls())
-
-        await until(is_told, within_s=START_TIMEOUT_S)
-        return self._logged_urls()[0]
-
-    def _logged_urls(self) -> list[str]:
-        """Where the service that was started last has said it serves."""
-        log = self.folder / f"service-{self._log}.log"
-        return [told["url"] for told in events(log.read_text(), "serving")]
 
     async def kill_service(self) -> None:
         assert self.service is not None
