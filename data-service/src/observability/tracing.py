@@ -179,7 +179,9 @@ def _tracer(environment: Mapping[str, str]) -> ITracer | None:
     try:
         return OpenTelemetryTracer()
     except Exception as exc:  # noqa: BLE001  what is wrong with telemetry never stops the service
-        log.warning("not_tracing", reason="a variable OTEL_... is wrong", error=str(exc))
+        log.warning(
+            "not_tracing", reason="it cannot begin: look at the variables OTEL_...", error=str(exc)
+        )
         return None
 
 
