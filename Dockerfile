@@ -14,6 +14,7 @@ COPY requirements-bootstrap.lock requirements.lock ./
 RUN python -m venv /bootstrap \
     && /bootstrap/bin/pip install --no-cache-dir --require-hashes -r requirements-bootstrap.lock \
     && python -m venv --without-pip /app
+# The lock holds the extra otel: traces take an endpoint in the environment and no other image.
 # Bytecode is compiled here: the file system of the running container may be read-only. The libraries'
 # own tests are a tenth of them, and nothing imports them.
 RUN VIRTUAL_ENV=/app /bootstrap/bin/uv pip install --no-cache --require-hashes --compile-bytecode \

@@ -120,8 +120,8 @@ lock: setup ## Make the locks anew from pyproject.toml
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) --group bootstrap -o requirements-bootstrap.lock
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) --group peers -o requirements-peers.lock
 	@$(BIN)/uv pip compile $(LOCK_FLAGS) --group engines -o requirements-engines.lock
-	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml -o requirements.lock
-	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
+	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml --extra otel -o requirements.lock
+	@$(BIN)/uv pip compile $(LOCK_FLAGS) pyproject.toml --extra otel --group dev -c requirements.lock -o requirements-dev.lock
 
 clean: ## Remove the environment and every cache (collected data stays)
 	@rm -rf $(VENV) $(PEERS) $(ENGINES) $(AZURITE)/node_modules .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -267,6 +267,9 @@ def _address(process: subprocess.Popen[str]) -> str:
     for line in process.stdout or ():
         if " on http" in line:
             return line.rsplit(" ", 1)[-1].strip()
+        if line.startswith("{"):
+            # One that logs in JSON says it in JSON.
+            return str(json.loads(line)["url"])
     return ""
 
 

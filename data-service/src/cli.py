@@ -7,10 +7,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
@@ -20,7 +21,8 @@ from domain.interval import DEFAULT_INTERVAL
 from domain.time_range import TimeRange
 from errors import DataServiceError, InvalidRequest
 from models import parse_time
-from observability.logging import configure_logging
+from observability.logging import configure_logging, print_event
+from observability.tracing import tracing
 from sandbox import command as sandbox_command
 
 MESSAGE_BYTES: Final = 64 * 1024
@@ -32,8 +34,11 @@ DEFAULT_TTL_S: Final = 3600
 MOST_DAYS: Final = 36_500
 LATEST_MS: Final = 4_102_444_800_000  # 2100-01-01
 EXPORT_FORMATS: Final = ("parquet", "csv", "arrow")
+USER_ERROR: Final = 2
 INTERRUPTED: Final = 128 + signal.SIGINT
 BROKEN_PIPE: Final = 128 + signal.SIGPIPE
+
+log = structlog.get_logger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except DataServiceError as exc:
         print(f"cb-trade-data: {exc.message}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -140,31 +145,52 @@ def _add_choice(command: argparse.ArgumentParser) -> None:
 
 
 def _serve(_: argparse.Namespace) -> int:
+    log_format = os.environ.get("LOG_FORMAT")
+    if log_format == "json":
+        # Whoever reads events reads also what stops the start, wrong settings among it.
+        configure_logging("INFO", "json")
+    try:
+        settings = load_settings()
+        log_format = settings.log_format
+        configure_logging(settings.log_level, settings.log_format)
+        return _run_service(settings)
+    except DataServiceError as exc:
+        if log_format != "json":
+            raise
+        log.critical("not_started", error=exc.message)
+        return USER_ERROR
+
+
+def _run_service(settings: Settings) -> int:
     # Imported here: the other commands should not pay for the exchanges' libraries.
     from main import create_app  # noqa: PLC0415
 
-    settings = load_settings()
-    configure_logging(settings.log_level, settings.log_format)
     server = _Server(
         uvicorn.Config(
             _OneLineFailures(create_app(settings)),
             host=settings.host,
             port=settings.port,
             log_config=None,
+            access_log=False,  # the application tells of each request itself
             lifespan="on",
             ws_max_size=MESSAGE_BYTES,
             timeout_graceful_shutdown=DRAIN_S,
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
-        )
+        ),
+        announce=_print_event_of_address if settings.log_format == "json" else _print_address,
     )
     # The server raises the signal that stopped it once more when it is done; a stop that was
     # asked for is a success.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     listener = _listen(settings)
-    server.run(sockets=[listener])
-    return 0 if server.started else 1
+    with tracing():
+        server.run(sockets=[listener])
+    if not server.started:
+        return 1
+    log.info("stopped")
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -270,11 +296,23 @@ class _OneLineFailures:
 class _Server(uvicorn.Server):
     """Says on standard output where it serves, once it does."""
 
+    def __init__(self, config: uvicorn.Config, *, announce: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
-            print(f"cb-trade-data serving on http://{host}:{port}", flush=True)
+            self._announce(f"http://{host}:{port}")
+
+
+def _print_address(url: str) -> None:
+    print(f"cb-trade-data serving on {url}", flush=True)
+
+
+def _print_event_of_address(url: str) -> None:
+    print_event("serving", logger="cli", url=url)
 
 
 def _token(options: argparse.Namespace) -> int:

@@ -65,6 +65,8 @@ async def _demonstrate(live: bool) -> None:  # noqa: FBT001
     environment.setdefault("STATE_DIR", environment["STORAGE_ROOT"])
     environment.setdefault("AUTH_SECRET", _kept_secret(Path(environment["STATE_DIR"])))
     environment.setdefault("LOG_LEVEL", "WARNING")
+    # A person looks on, and the address is taken from what the service prints.
+    environment["LOG_FORMAT"] = "console"
     if live:
         await _serve_and_show(environment, live=True)
         return

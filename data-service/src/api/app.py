@@ -12,8 +12,13 @@ from prometheus_client import CollectorRegistry
 
 from api.endpoints import OPERATIONS, open_routes, operations, socket_routes, token_routes
 from api.mcp import mount_mcp
-from api.metrics import ApiMetrics, MetricsMiddleware
-from api.middleware import BodyLimitMiddleware, CrashMiddleware, RequestIdMiddleware
+from api.metrics import ApiMetrics
+from api.middleware import (
+    AccessMiddleware,
+    BodyLimitMiddleware,
+    CrashMiddleware,
+    RequestIdMiddleware,
+)
 from api.problems import install_error_handlers
 from config import Settings
 
@@ -59,6 +64,6 @@ def build_app(
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware)
     app.add_middleware(CrashMiddleware)
-    app.add_middleware(MetricsMiddleware, metrics=metrics)
+    app.add_middleware(AccessMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)
     return app

@@ -22,15 +22,17 @@ from http import HTTPStatus
 from typing import Annotated, Any, Final
 
 import httpx
+import structlog
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.types import CallToolRequest, CallToolResult, ServerResult, TextContent
 from prometheus_client import Histogram
 from starlette.types import Receive, Scope, Send
 
-from api.middleware import MAX_BODY_BYTES
+from api.middleware import MAX_BODY_BYTES, REQUEST_ID_HEADER
 from auth.interfaces import Principal
 from auth.module import get_current_user
+from observability.tracing import span
 
 with warnings.catch_warnings():
     # Its OAuth models, which are not used here, stand on a method that pydantic deprecates.
@@ -87,14 +89,17 @@ class McpEndpoint:
         logging.getLogger("fastapi_mcp").setLevel(logging.CRITICAL)
         transport = httpx.ASGITransport(app=self._app, raise_app_exceptions=False)
         async with httpx.AsyncClient(
-            transport=transport, base_url="http://service", timeout=CALL_TIMEOUT_S
+            transport=transport,
+            base_url="http://service",
+            timeout=CALL_TIMEOUT_S,
+            event_hooks={"request": [_pass_request_id_on]},
         ) as client:
             tools = _Tools(
                 self._app,
                 name=self._app.title,
                 http_client=client,
                 include_operations=self._operations,
-                headers=["authorization", "x-request-id"],
+                headers=["authorization"],
             )
             # The library hands its description over as the server's version.
             tools.server.version = self._app.version
@@ -136,9 +141,15 @@ class McpEndpoint:
             tool = request.params.name if request.params.name in self._operations else "other"
             outcome = "cancelled"
             try:
-                answer = await call(request)
-                failed = isinstance(answer.root, CallToolResult) and answer.root.isError
-                outcome = "error" if failed else "ok"
+                with (
+                    structlog.contextvars.bound_contextvars(tool=tool),
+                    span(f"mcp {tool}", tool=tool) as traced,
+                ):
+                    answer = await call(request)
+                    failed = isinstance(answer.root, CallToolResult) and answer.root.isError
+                    outcome = "error" if failed else "ok"
+                    if failed:
+                        traced.fail("tool_error")
             finally:
                 self._seconds.labels(tool, outcome).observe(time.perf_counter() - began)
             return answer
@@ -152,6 +163,13 @@ class McpEndpoint:
 
     async def _refuse(self, _: Annotated[Principal, Depends(get_current_user)]) -> Response:
         raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "POST"})
+
+
+async def _pass_request_id_on(request: httpx.Request) -> None:
+    """A tool's call is part of the agent's request, and its log lines name that one."""
+    request_id = structlog.contextvars.get_contextvars().get("request_id")
+    if request_id is not None:
+        request.headers[REQUEST_ID_HEADER] = request_id
 
 
 class _Handled(Response):

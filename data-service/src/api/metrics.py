@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Final, Protocol
@@ -14,7 +13,6 @@ from prometheus_client.core import (
     HistogramMetricFamily,
 )
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from collection.interfaces import FEED_PHASES, Channel, FeedStatus, OpenGaps, OutboxStatus
 from domain.clock import IClock
@@ -26,8 +24,6 @@ _BUCKETS_S: Final = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.
 _LAG_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 # How often the event loop is asked how late it is (real time).
 LAG_EVERY_S: Final = 0.25
-# Others can be made up without end.
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class ApiMetrics:
@@ -300,37 +296,6 @@ async def watch_loop(clock: IClock, lag: Histogram) -> None:
         due = clock.monotonic() + LAG_EVERY_S
         await clock.sleep_real(LAG_EVERY_S)
         lag.observe(max(0.0, clock.monotonic() - due))
-
-
-class MetricsMiddleware:
-    """Times every HTTP request by the template of its route, never by its path: paths that do not
-    exist would grow the registry without end."""
-
-    def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = "none"
-        began = time.perf_counter()
-
-        async def send_and_watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = str(message["status"])
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_watch)
-        finally:
-            route = getattr(scope.get("route"), "path", None) or "other"
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.http_seconds.labels(route, method, status).observe(
-                time.perf_counter() - began
-            )
 
 
 def _by_label(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -26,6 +26,7 @@ from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
 from api.metrics import ApiMetrics
+from api.middleware import is_loggable_id
 from api.problems import (
     InvalidMessage,
     PayloadTooLarge,
@@ -62,6 +63,7 @@ from models import (
     UnsubscribeRealtime,
     parse_client_message,
 )
+from observability.tracing import ISpan, span
 
 CLOSE_ABNORMAL: Final = 1006
 CLOSE_INTERNAL: Final = 1011
@@ -265,7 +267,9 @@ class Session:
         try:
             document = self._decode(text)
             request_id = _request_id(document)
-            await self._dispatch(_parsed(document))
+            # What is begun here keeps it; ``request_id`` is the connection's own.
+            with structlog.contextvars.bound_contextvars(**_log_id(request_id)):
+                await self._dispatch(_parsed(document))
         except DataServiceError as exc:
             await self._tell(report(exc), request_id)
 
@@ -371,6 +375,19 @@ class Session:
             del self._subscriptions[subscription_id]
 
     async def _subscribe(self, subscription_id: str, message: SubscribeRealtime) -> None:
+        async with AsyncExitStack() as held:
+            with _traced(message):
+                started, stream = await self._begin_subscription(message, held)
+            self._metrics.subscriptions.inc()
+            try:
+                await self._relay(subscription_id, message.request_id, started, stream)
+            finally:
+                self._metrics.subscriptions.dec()
+
+    async def _begin_subscription(
+        self, message: SubscribeRealtime, held: AsyncExitStack
+    ) -> tuple[SubscriptionStarted, AsyncIterator[StreamEvent]]:
+        """What it starts with, and the rest, which ``held`` closes."""
         coin, exchange = message.coin, message.exchange
         may_add = WRITE_SCOPE in self._principal.scopes
         if may_add:
@@ -388,22 +405,18 @@ class Session:
             channel=Channel(message.channel),
             from_ms=message.from_,
         )
-        async with aclosing(stream):
-            try:
-                started = await anext(stream)
-            except CoinNotAvailable as exc:
-                if may_add:
-                    raise
-                raise Forbidden(
-                    f"{exc.message}; adding it needs a token with the scope {WRITE_SCOPE}"
-                ) from exc
-            if not isinstance(started, SubscriptionStarted):
-                raise TypeError(f"a stream began with {type(started).__name__}")
-            self._metrics.subscriptions.inc()
-            try:
-                await self._relay(subscription_id, message.request_id, started, stream)
-            finally:
-                self._metrics.subscriptions.dec()
+        await held.enter_async_context(aclosing(stream))
+        try:
+            started = await anext(stream)
+        except CoinNotAvailable as exc:
+            if may_add:
+                raise
+            raise Forbidden(
+                f"{exc.message}; adding it needs a token with the scope {WRITE_SCOPE}"
+            ) from exc
+        if not isinstance(started, SubscriptionStarted):
+            raise TypeError(f"a stream began with {type(started).__name__}")
+        return started, stream
 
     async def _relay(
         self,
@@ -492,6 +505,10 @@ class Session:
             del self._histories[key]
 
     async def _stream_history(self, sink: _HistorySink, message: RequestHistorical) -> None:
+        with _traced(message):
+            await self._answer_history(sink, message)
+
+    async def _answer_history(self, sink: _HistorySink, message: RequestHistorical) -> None:
         if WRITE_SCOPE in self._principal.scopes:
             try:
                 await self._collection.add_coin(
@@ -544,18 +561,24 @@ class Session:
 
     async def _current(self, message: RequestCurrent) -> None:
         try:
-            current = await self._history.get_most_current_data(
-                message.coin, exchange=message.exchange, interval=message.interval
-            )
-            await self.send(
-                {
-                    "type": "current_data_response",
-                    **_answers(message.request_id),
-                    **current_out(current),
-                }
-            )
+            with _traced(message):
+                current = await self._history.get_most_current_data(
+                    message.coin, exchange=message.exchange, interval=message.interval
+                )
+                await self.send(
+                    {
+                        "type": "current_data_response",
+                        **_answers(message.request_id),
+                        **current_out(current),
+                    }
+                )
         finally:
             self._currents.release()
+
+
+def _traced(message: SubscribeRealtime | RequestHistorical | RequestCurrent) -> ISpan:
+    """The span of one request over the connection; of a subscription it is until it has begun."""
+    return span(f"ws {message.type}", kind="server", coin=message.coin, interval=message.interval)
 
 
 def _answers(request_id: str | None) -> dict[str, str]:
@@ -568,6 +591,12 @@ def _request_id(document: dict[str, Any]) -> str | None:
     if isinstance(request_id, str) and len(request_id) <= MAX_REQUEST_ID:
         return request_id
     return None
+
+
+def _log_id(request_id: str | None) -> dict[str, str]:
+    if request_id is None or not is_loggable_id(request_id):
+        return {}
+    return {"message_request_id": request_id}
 
 
 def _parsed(document: dict[str, Any]) -> ClientMessage:

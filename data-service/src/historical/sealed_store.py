@@ -19,6 +19,7 @@ from historical.candle_table import CandleTable
 from historical.columns import NOTHING
 from historical.interfaces import CandleTableError, CandleTableUnavailable
 from historical.sealed_days import DAY_MS
+from observability.tracing import span
 
 _READERS: Final = 2
 _EVER: Final = TimeRange(0, 2**62)
@@ -60,7 +61,13 @@ class SealedCandleStore:
     async def read(self, series: Series, wanted: TimeRange) -> SealedCandles:
         """The candles of the sealed days of a range."""
         past = self._past(wanted)
-        return await self._answer(lambda: self._table.read(series, past), past, _NOTHING_SEALED)
+        with span(
+            "storage read sealed",
+            exchange=series.exchange,
+            coin=series.coin,
+            interval=series.interval.name,
+        ):
+            return await self._answer(lambda: self._table.read(series, past), past, _NOTHING_SEALED)
 
     async def stored(
         self, series: Series, within: TimeRange

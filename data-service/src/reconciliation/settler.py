@@ -12,6 +12,7 @@ from exchange_source.interfaces import (
     IExchangeAPIClient,
     Priority,
 )
+from observability.tracing import Origin, span
 from reconciliation.interfaces import SettleReport
 from reconciliation.series_state import SeriesState
 
@@ -21,7 +22,8 @@ class Progress:
     """How far a range has been settled: what lies before ``remaining.end`` is still to do.
 
     ``asked_after`` is the number of the latest request about the series when settling was asked
-    for: what stays open in an answer to a later one need not be asked again.
+    for: what stays open in an answer to a later one need not be asked again. ``reason`` is why it
+    is wanted, and ``shared_with`` the spans of others that wait for it; both are for traces.
     """
 
     wanted: TimeRange
@@ -29,10 +31,12 @@ class Progress:
     asked_after: int
     fetched: RangeSet = field(default_factory=RangeSet)
     error: ExchangeError | None = None
+    reason: str = "asked"
+    shared_with: list[Origin] = field(default_factory=list)
 
     @classmethod
-    def over(cls, state: SeriesState, wanted: TimeRange) -> Progress:
-        return cls(wanted=wanted, remaining=wanted, asked_after=state.asks)
+    def over(cls, state: SeriesState, wanted: TimeRange, *, reason: str = "asked") -> Progress:
+        return cls(wanted=wanted, remaining=wanted, asked_after=state.asks, reason=reason)
 
 
 Ask = Callable[[SeriesState, TimeRange], Awaitable[HistoricalData]]
@@ -71,17 +75,27 @@ async def settle_page(
         if page.first is None or page.end is None:
             progress.remaining = TimeRange(progress.wanted.start, progress.wanted.start)
             return False
-        span = TimeRange(page.first, page.end)
-        asked_at, request = state.now_ms(), state.begin_request()
-        try:
-            answer = await ask(state, span)
-        except ExchangeError:
-            state.note_unreachable(progress.remaining)
-            raise
-        for run in await state.record(page, answer, asked_at=asked_at, request=request):
-            progress.fetched.add(run)
-        await state.save()
-        progress.remaining = TimeRange(progress.remaining.start, span.start)
+        reach = TimeRange(page.first, page.end)
+        with span(
+            "settle",
+            links=progress.shared_with,
+            exchange=state.series.exchange,
+            coin=state.series.coin,
+            interval=state.series.interval.name,
+            start=reach.start,
+            end=reach.end,
+            reason=progress.reason,
+        ):
+            asked_at, request = state.now_ms(), state.begin_request()
+            try:
+                answer = await ask(state, reach)
+            except ExchangeError:
+                state.note_unreachable(progress.remaining)
+                raise
+            for run in await state.record(page, answer, asked_at=asked_at, request=request):
+                progress.fetched.add(run)
+            await state.save()
+        progress.remaining = TimeRange(progress.remaining.start, reach.start)
     return bool(progress.remaining)
 
 

@@ -31,6 +31,7 @@ from exchange_source.interfaces import (
     IExchangeAPIClient,
     Priority,
 )
+from observability.tracing import Origin, origin, within
 from reconciliation.interfaces import SettledListener, SettleReport
 from reconciliation.series_state import SeriesState
 from reconciliation.settler import Ask, Progress, asking, report_of, settle_page
@@ -39,6 +40,8 @@ RUNNERS: Final = 8
 QUEUE_BOUND: Final = 10_000
 # Each page of this many is one of the least urgent job that waits.
 FAIR_TURN: Final = 8
+# Of those who share a job as many are told to its trace.
+MOST_LINKS: Final = 16
 FIRST_PAUSE_S: Final = 0.5
 LONGEST_PAUSE_S: Final = 30.0
 
@@ -143,6 +146,8 @@ class _Job:
     state: SeriesState
     progress: Progress
     done: asyncio.Future[SettleReport]
+    asked_in: Origin | None
+    """The span of who asked first; a runner works for it in a task of its own."""
     waiters: int = 0
     ending: bool = False
 
@@ -203,9 +208,12 @@ class SettlingWorker:
                     retry_after=LONGEST_PAUSE_S,
                 )
             done: asyncio.Future[SettleReport] = asyncio.get_running_loop().create_future()
-            job = _Job(key, priority, state, Progress.over(state, wanted), done)
+            progress = Progress.over(state, wanted, reason=priority.name.lower())
+            job = _Job(key, priority, state, progress, done, origin())
             self._jobs[key] = job
             self._queues[priority].append(job)
+        elif (other := origin()) is not None and len(job.progress.shared_with) < MOST_LINKS:
+            job.progress.shared_with.append(other)
         job.waiters += 1
         try:
             async with self._ready:
@@ -237,7 +245,8 @@ class SettlingWorker:
                     await self._ready.wait()
             job, priority = taken
             try:
-                more = await self._work(job, priority)
+                with within(job.asked_in):
+                    more = await self._work(job, priority)
             finally:
                 self._busy.discard(job.state)
             if more:

@@ -20,6 +20,7 @@ from domain.order_book import BOOK_DEPTH
 from domain.series import Series
 from domain.time_range import RangeSet, TimeRange
 from errors import InvalidEntry, InvalidRequest
+from observability.tracing import ISpan, span
 from storage.documents import check_page
 from storage.entry_decoder import entry_decoder
 from storage.interfaces import (
@@ -160,7 +161,9 @@ class StorageManagerImpl(IStorageManager):
         self._check_batch(series, entries)
         began = self._clock.monotonic()
         try:
-            answers = await self._store(series, entries)
+            with _traced("save", series) as traced:
+                traced.set(entries=len(entries))
+                answers = await self._store(series, entries)
         except StorageError:
             self._totals.refused[series.exchange] += len(entries)
             raise
@@ -198,18 +201,20 @@ class StorageManagerImpl(IStorageManager):
     ) -> list[Entry]:
         series = Series(exchange_name, coin_symbol, Interval.parse(interval))
         check_page(limit, offset)
-        # The spool first: what moves to the backend meanwhile is then found there too.
-        spooled = await self._spooled(series, to_range(start_time, end_time))
-        found: list[Entry] = await self._storage.get_range(
-            exchange_name,
-            coin_symbol,
-            start_time,
-            end_time,
-            None if spooled else limit,
-            0 if spooled else offset,
-            interval=interval,
-            decode=entry_decoder(series),
-        )
+        with _traced("read", series) as traced:
+            # The spool first: what moves to the backend meanwhile is then found there too.
+            spooled = await self._spooled(series, to_range(start_time, end_time))
+            found: list[Entry] = await self._storage.get_range(
+                exchange_name,
+                coin_symbol,
+                start_time,
+                end_time,
+                None if spooled else limit,
+                0 if spooled else offset,
+                interval=interval,
+                decode=entry_decoder(series),
+            )
+            traced.set(entries=len(found))
         if not spooled:
             return found
         merged = {entry.timestamp: entry for entry in found}
@@ -236,10 +241,11 @@ class StorageManagerImpl(IStorageManager):
     ) -> Entry | None:
         series = Series(exchange_name, coin_symbol, Interval.parse(interval))
         waiting = self._spool.timestamps(series)[-1:] if self._spool is not None else []
-        spooled = await self._read_spool(series, waiting)
-        stored: Entry | None = await self._storage.get_latest_entry(
-            exchange_name, coin_symbol, interval=interval, decode=entry_decoder(series)
-        )
+        with _traced("read latest", series):
+            spooled = await self._read_spool(series, waiting)
+            stored: Entry | None = await self._storage.get_latest_entry(
+                exchange_name, coin_symbol, interval=interval, decode=entry_decoder(series)
+            )
         for timestamp, entry in spooled.items():
             if stored is None or timestamp > stored.timestamp:
                 stored = entry
@@ -276,12 +282,13 @@ class StorageManagerImpl(IStorageManager):
         found = RangeSet(
             (*sealed.stored, *(TimeRange(timestamp, timestamp + length) for timestamp in spooled))
         )
-        for part in RangeSet(sealed.known).missing(wanted):
-            for timestamp in await self._storage.list_timestamps(
-                exchange_name, coin_symbol, part.start, part.end, interval=interval
-            ):
-                if series.interval.is_aligned(timestamp):
-                    found.add(TimeRange(timestamp, timestamp + length))
+        with _traced("list", series):
+            for part in RangeSet(sealed.known).missing(wanted):
+                for timestamp in await self._storage.list_timestamps(
+                    exchange_name, coin_symbol, part.start, part.end, interval=interval
+                ):
+                    if series.interval.is_aligned(timestamp):
+                        found.add(TimeRange(timestamp, timestamp + length))
         return list(found)
 
     # -- records and health -----------------------------------------------------------------
@@ -589,6 +596,15 @@ class StorageManagerImpl(IStorageManager):
             log.info("storage_is_back", storage=self._storage.address)
             if self._listener is not None:
                 self._listener.storage_changed(available=True)
+
+
+def _traced(operation: str, series: Series) -> ISpan:
+    return span(
+        f"storage {operation}",
+        exchange=series.exchange,
+        coin=series.coin,
+        interval=series.interval.name,
+    )
 
 
 def _decide(held: Entry | None, new: Entry) -> Stored:

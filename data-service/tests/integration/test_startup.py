@@ -59,4 +59,5 @@ async def test_a_local_service_loads_no_library_that_it_does_not_serve_with(
     exchanges = {name for name in loaded if name.startswith("ccxt.pro.")}
     assert exchanges == {"ccxt.pro.binance", "ccxt.pro.cryptocom"}
     needless = {"pandas", "azure", "hypothesis", "pytest", "sandbox.app", "sandbox.prices"}
+    needless |= {"google.protobuf", "observability.otel", "opentelemetry.sdk"}
     assert needless & loaded == set()

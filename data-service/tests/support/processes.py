@@ -40,6 +40,14 @@ def clean_environment(**settings: str) -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | settings
 
 
+def events(log: str, *names: str) -> list[dict[str, Any]]:
+    """The events of a log in JSON, those of these names alone where any are given; a line that is
+    no event fails, but for the one that is being written."""
+    whole, _, _ = log.rpartition("\n")
+    found = [json.loads(line) for line in whole.splitlines()]
+    return [event for event in found if not names or event["event"] in names]
+
+
 async def until(what: Callable[[], Awaitable[bool]], *, within_s: float = 60.0) -> None:
     """Ask again until it is so; for what another process says only when it is asked."""
     async with asyncio.timeout(within_s):
@@ -162,7 +170,10 @@ class Stack:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
             )
-        self.url = (await line_with(self.service, " on http")).rsplit(" ", 1)[-1]
+        if self.settings.get("LOG_FORMAT") == "json":
+            self.url = json.loads(await line_with(self.service, '"serving"'))["url"]
+        else:
+            self.url = (await line_with(self.service, " on http")).rsplit(" ", 1)[-1]
 
     async def kill_service(self) -> None:
         assert self.service is not None

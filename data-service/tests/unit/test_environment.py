@@ -71,6 +71,12 @@ def test_the_lock_holds_what_the_project_wants_and_nothing_unpinned() -> None:
         assert "--hash=sha256:" in package, first
 
 
+def test_the_image_traces_as_soon_as_it_is_told_where_to() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = [re.split(r"[<>=!~ ]", item)[0] for item in project["optional-dependencies"]["otel"]]
+    assert set(extra) <= set(locked("requirements.lock"))
+
+
 def test_the_locks_hold_every_dependency_by_hash_and_agree() -> None:
     runtime, development = locked("requirements.lock"), locked("requirements-dev.lock")
     assert [item for item in wanted() if item.name not in runtime] == []

@@ -50,6 +50,7 @@ from exchange_source.plugins.ccxt_guards import ANSWER, Answer, VendorGuards, gu
 from exchange_source.plugins.ccxt_values import to_candle, to_order_book
 from exchange_source.plugins.traded_candles import TradedCandles
 from exchange_source.proof import PageProof
+from observability.tracing import span
 
 # Real seconds: how old the list of markets may be before it is asked for again, for a coin that
 # it holds and for one that it does not.
@@ -407,8 +408,7 @@ class CCXTExchangeClient(IExchangeAPIClient):
             totals = self._limiter.totals
             totals.sent[priority] += 1
             try:
-                async with asyncio.timeout(self._timeout_s):
-                    result = await ask()
+                result = await self._traced(ask, answer)
             except ExchangeUnavailable as exc:
                 totals.failed[priority] += 1
                 self._penalize(exc)
@@ -435,6 +435,17 @@ class CCXTExchangeClient(IExchangeAPIClient):
         self._skew_ms = told - (sent + self._clock.now_ms()) // 2
         self._knows_time = True
         return result, told
+
+    async def _traced(self, ask: Callable[[], Awaitable[_T]], answer: Answer) -> _T:
+        """Ask within the timeout; the wait for a slot lies before the span of it."""
+        with span("exchange request", kind="client", exchange=self.exchange_name) as traced:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    return await ask()
+            finally:
+                if answer.status:
+                    traced.set(**{"http.request.method": answer.method})
+                    traced.set(**{"http.response.status_code": answer.status})
 
     def _penalize(self, error: ExchangeError) -> None:
         delay = error.retry_after

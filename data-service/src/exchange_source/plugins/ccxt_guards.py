@@ -50,9 +50,11 @@ _URLS_FOR_READERS: Final = frozenset({"logo", "www", "doc", "fees", "referral"})
 
 @dataclass(slots=True)
 class Answer:
-    """What came with one REST answer beside its body."""
+    """What came with one REST answer beside its body, and how it was asked for."""
 
     headers: Headers = field(default_factory=dict)
+    method: str = ""
+    status: int = 0
 
 
 @dataclass(slots=True)
@@ -114,6 +116,7 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         answer = ANSWER.get()
         if answer is not None:
             answer.headers = received
+            answer.method, answer.status = method, code
         name = self.public_name
         now = self.milliseconds()
         if failed := status_error(name, code, reason, body, received, real_ms=now):
