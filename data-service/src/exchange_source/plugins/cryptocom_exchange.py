@@ -1,10 +1,12 @@
 """Crypto.com Exchange (API v1): what differs from other ccxt exchanges.
 
-Candles: 300 in an answer; about 14 days of the short intervals. One socket carries all markets.
+Candles: 300 in an answer; about 14 days of the short intervals. A socket carries many markets, and
+400 subscriptions at most.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from decimal import Decimal
 from typing import Any, ClassVar
@@ -16,11 +18,50 @@ from domain.time_range import TimeRange
 from exchange_source.interfaces import ExchangeError, ExchangeUnavailable
 from exchange_source.plugins.ccxt_errors import translate
 from exchange_source.plugins.ccxt_exchange import CCXTExchangeClient
-from exchange_source.plugins.ccxt_guards import VendorGuards
+from exchange_source.plugins.ccxt_guards import SUBSCRIBER, VendorGuards
 
 
 class CryptocomGuards(VendorGuards):
-    """The shapes of Crypto.com's answers and messages."""
+    """The shapes of Crypto.com's answers and messages, and sockets that are not overfilled."""
+
+    most_subscriptions: ClassVar[int] = 400
+    """Of one socket, as the exchange documents them."""
+
+    def watch(
+        self,
+        url: str,
+        message_hash: str,
+        message: Any = None,
+        subscribe_hash: str | None = None,
+        subscription: Any = None,
+    ) -> Any:
+        return super().watch(self._roomy(url), message_hash, message, subscribe_hash, subscription)
+
+    def watch_multiple(
+        self,
+        url: str,
+        message_hashes: list[str],
+        message: Any = None,
+        subscribe_hashes: list[str] | None = None,
+        subscription: Any = None,
+    ) -> Any:
+        return super().watch_multiple(
+            self._roomy(url), message_hashes, message, subscribe_hashes, subscription
+        )
+
+    def _roomy(self, url: str) -> str:
+        """The address of the first socket with room for one more, or of the one that this topic has
+        already: ccxt knows sockets by their addresses, and a fragment of one is never sent."""
+        subscriber = SUBSCRIBER.get()
+        if subscriber is not None and subscriber.socket is not None:
+            address: str = subscriber.socket.url
+            return address
+        addresses = itertools.chain([url], (f"{url}#{number}" for number in itertools.count(2)))
+        return next(address for address in addresses if self._has_room(address))
+
+    def _has_room(self, address: str) -> bool:
+        socket = self.clients.get(address)
+        return socket is None or len(socket.subscriptions) < self.most_subscriptions
 
     def document_problem(self, response: Any) -> str | None:
         coded = isinstance(response, dict) and "code" in response

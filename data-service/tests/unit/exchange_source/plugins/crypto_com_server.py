@@ -50,7 +50,8 @@ class CryptoComServer:
 
     ``answer`` may replace any REST answer, ``rows`` caps the candles of one (newest first, as the
     exchange does), ``refuse`` maps a channel to the error code that its subscription gets,
-    ``acknowledge`` off leaves subscriptions and unsubscriptions unanswered.
+    ``acknowledge`` off leaves subscriptions and unsubscriptions unanswered. ``channels`` are what
+    each of the ``sockets`` has subscribed to.
     """
 
     def __init__(self, clock: IClock) -> None:
@@ -66,6 +67,7 @@ class CryptoComServer:
         self.refuse: dict[str, int] = {}
         self.acknowledge = True
         self.sockets: list[web.WebSocketResponse] = []
+        self.channels: list[set[str]] = []
         self.connections = 0
         self.messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
@@ -145,6 +147,7 @@ class CryptoComServer:
         await ws.prepare(request)
         self.connections += 1
         self.sockets.append(ws)
+        self.channels.append(set())
         async for frame in ws:
             if frame.type != WSMsgType.TEXT:
                 break
@@ -157,6 +160,11 @@ class CryptoComServer:
         if not self.acknowledge or message["method"] not in ("subscribe", "unsubscribe"):
             return
         channels = message["params"]["channels"]
+        held = self.channels[self.sockets.index(ws)]
+        if message["method"] == "subscribe":
+            held.update(channels)
+        else:
+            held.difference_update(channels)
         for channel in channels:
             if channel in self.refuse:
                 await ws.send_json(

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from domain.candle import Candle, CandleUpdate
 from domain.clock import http_date
+from domain.interval import Interval
 from domain.ticker import Ticker
 from domain.time_range import TimeRange
 from domain.trade import Trade
@@ -32,7 +33,7 @@ from exchange_source.interfaces import (
     Priority,
 )
 from exchange_source.limiter import RequestLimiter
-from exchange_source.plugins.cryptocom_exchange import CryptocomExchange
+from exchange_source.plugins.cryptocom_exchange import CryptocomExchange, CryptocomGuards
 from tests.contract.ccxt_plugin_contract import CcxtPluginContract
 from tests.support.clock import ManualClock
 from tests.unit.exchange_source.plugins.crypto_com_server import (
@@ -654,8 +655,10 @@ class Live:
         self.updates: asyncio.Queue[CandleUpdate] = asyncio.Queue()
         self.handle: IStreamHandle
 
-    async def start(self, exchange: CryptocomExchange, server: CryptoComServer) -> Live:
-        self.handle = await exchange.start_realtime_stream(BTC, "1m", self.updates.put)
+    async def start(
+        self, exchange: CryptocomExchange, server: CryptoComServer, *, interval: str = "1m"
+    ) -> Live:
+        self.handle = await exchange.start_realtime_stream(BTC, interval, self.updates.put)
         await server.received("subscribe")
         return self
 
@@ -739,6 +742,53 @@ class TestCandleStream:
         await server.send_candles(BTC, "1m", candle(0))
         assert await again.next() == candle(0)
         assert server.connections == 1
+
+    async def test_a_socket_that_is_full_is_followed_by_another(
+        self,
+        exchange: CryptocomExchange,
+        server: CryptoComServer,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(CryptocomGuards, "most_subscriptions", 2)
+        lives = {
+            interval: await Live().start(exchange, server, interval=interval)
+            for interval in ("1m", "5m", "15m")
+        }
+        first, second = (
+            {f"candlestick.{name}.BTC_USD" for name in ("1m", "5m")},
+            {"candlestick.15m.BTC_USD"},
+        )
+        assert server.channels == [first, second]
+        for interval, live in lives.items():
+            length = Interval.parse(interval)
+            told = replace(candle(0), timestamp=length.floor(OPEN))
+            await server.send_candles(BTC, interval, told)
+            assert await live.next() == told
+
+        # What is stopped is unsubscribed where it was subscribed, and its place is taken again.
+        await lives.pop("5m").handle.stop()
+        await until(lambda: server.channels[0] == {"candlestick.1m.BTC_USD"})
+        await Live().start(exchange, server, interval="30m")
+        assert server.channels == [
+            {"candlestick.1m.BTC_USD", "candlestick.30m.BTC_USD"},
+            second,
+        ]
+
+    async def test_a_socket_that_is_lost_costs_only_what_it_carried(
+        self,
+        exchange: CryptocomExchange,
+        server: CryptoComServer,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(CryptocomGuards, "most_subscriptions", 1)
+        lost = await Live().start(exchange, server)
+        kept = await Live().start(exchange, server, interval="5m")
+        await server.sockets[0].close()
+        with pytest.raises(ExchangeUnavailable):
+            await ended(lost.handle)
+        told = replace(candle(0), timestamp=Interval.parse("5m").floor(OPEN))
+        await server.send_candles(BTC, "5m", told)
+        assert await kept.next() == told
 
     async def test_a_stream_may_be_stopped_from_its_own_callback(
         self, exchange: CryptocomExchange, server: CryptoComServer
