@@ -294,6 +294,8 @@ class SeriesState(ISeriesView):
             try:
                 await self._storage.write_record(self._ledger_path, self._ledger.to_bytes())
                 kept = True
+                if self._ledger_failing:
+                    log.info("ledger_kept_again", series=str(self._series))
             except StorageError as exc:
                 if not self._ledger_failing:
                     log.warning("ledger_not_kept", series=str(self._series), error=exc.message)
