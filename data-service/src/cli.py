@@ -5,28 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import uvicorn
-from fastapi import FastAPI
-from starlette.types import Message, Receive, Scope, Send
-
-from config import Settings, load_settings
+from config import load_settings
 from domain.interval import DEFAULT_INTERVAL
 from domain.time_range import TimeRange
 from errors import DataServiceError, InvalidRequest
 from models import parse_time
 from observability.logging import configure_logging
 from sandbox import command as sandbox_command
+from signals import Alarm, StopSignals
 
-MESSAGE_BYTES: Final = 64 * 1024
-DRAIN_S: Final = 5
-# Agents pause for longer than the server's own five seconds, and would find it closed.
-KEEP_ALIVE_S: Final = 75
 DEFAULT_SCOPE: Final = "data:read data:write"
 DEFAULT_TTL_S: Final = 3600
 MOST_DAYS: Final = 36_500
@@ -140,31 +132,18 @@ def _add_choice(command: argparse.ArgumentParser) -> None:
 
 
 def _serve(_: argparse.Namespace) -> int:
-    # Imported here: the other commands should not pay for the exchanges' libraries.
-    from main import create_app  # noqa: PLC0415
-
+    # Before what takes long.
+    signals = StopSignals()
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
-    server = _Server(
-        uvicorn.Config(
-            _OneLineFailures(create_app(settings)),
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            lifespan="on",
-            ws_max_size=MESSAGE_BYTES,
-            timeout_graceful_shutdown=DRAIN_S,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            server_header=False,
-        )
-    )
-    # The server raises the signal that stopped it once more when it is done; a stop that was
-    # asked for is a success.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    listener = _listen(settings)
-    server.run(sockets=[listener])
-    return 0 if server.started else 1
+    # Imported here: the other commands should not pay for the exchanges' libraries.
+    from main import create_app  # noqa: PLC0415
+    from serving import Server, listen  # noqa: PLC0415
+
+    app = create_app(settings)
+    server = Server(app, settings, listen(settings), alarm=Alarm())
+    signals.stop(server)
+    return server.serve_and_end()
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -234,47 +213,6 @@ def _days(text: str) -> float:
     if not 0 < days <= MOST_DAYS:
         raise argparse.ArgumentTypeError(f"takes a number of days above 0 and up to {MOST_DAYS}")
     return days
-
-
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as exc:
-        listener.close()
-        raise DataServiceError(
-            f"HOST, PORT: cannot listen on {settings.host}:{settings.port} "
-            f"({exc.strerror}); set PORT to a free one, 0 takes any"
-        ) from exc
-    return listener
-
-
-class _OneLineFailures:
-    """Tells why the application did not start in one line; a traceback says no more."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def tell(message: Message) -> None:
-            if message["type"] == "lifespan.startup.failed":
-                why = getattr(self._app.state, "why_not_started", None)
-                message = {**message, "message": why or message.get("message", "")}
-            await send(message)
-
-        await self._app(scope, receive, tell if scope["type"] == "lifespan" else send)
-
-
-class _Server(uvicorn.Server):
-    """Says on standard output where it serves, once it does."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started and sockets:
-            host, port = sockets[0].getsockname()[:2]
-            print(f"cb-trade-data serving on http://{host}:{port}", flush=True)
 
 
 def _token(options: argparse.Namespace) -> int:

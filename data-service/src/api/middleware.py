@@ -3,7 +3,10 @@ also to what nobody foresaw."""
 
 from __future__ import annotations
 
+import asyncio
 import re
+from contextlib import suppress
+from http import HTTPStatus
 from typing import Final
 from uuid import uuid4
 
@@ -11,12 +14,25 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.problems import PayloadTooLarge, problem_of, problem_response, report_unexpected
+from api.problems import (
+    DEFAULT_RETRY_AFTER_S,
+    PayloadTooLarge,
+    Problem,
+    problem_of,
+    problem_response,
+    report_unexpected,
+)
 
 MAX_BODY_BYTES: Final = 64 * 1024
 REQUEST_ID_HEADER: Final = "X-Request-ID"
 # What a caller may choose; anything else could forge log lines.
 _CHOSEN_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_STOPPING: Final = Problem(
+    "unavailable",
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "the service is stopping",
+    DEFAULT_RETRY_AFTER_S,
+)
 
 
 class RequestIdMiddleware:
@@ -42,12 +58,20 @@ class RequestIdMiddleware:
 
 
 class CrashMiddleware:
-    """The outermost handler: what no other handles is logged once and told as ``internal``."""
+    """The outermost handler: what no other handles is logged once and told as ``internal``.
+
+    The server cancels what takes too long when it stops. That is no failure: who has no answer yet
+    is told to ask again, and it ends there.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            with suppress(asyncio.CancelledError):
+                await self._app(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -60,6 +84,9 @@ class CrashMiddleware:
 
         try:
             await self._app(scope, receive, send_and_watch)
+        except asyncio.CancelledError:
+            if not started:
+                await problem_response(_STOPPING)(scope, receive, send)
         except Exception as exc:  # noqa: BLE001  this is the outermost handler
             problem = report_unexpected(exc)
             # An answer that has begun cannot be taken back; the server cuts it off.

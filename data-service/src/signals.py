@@ -1,0 +1,70 @@
+"""Signals of the system, for a process that serves: those that stop it, and an alarm of its own.
+
+It imports nothing that takes long, so that a signal is heard from the first moment on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn, Protocol
+
+
+class IStoppable(Protocol):
+    """What can be asked to stop."""
+
+    def ask_to_stop(self) -> None:
+        """Leave word that it should stop; called in a signal handler."""
+
+
+class Alarm:
+    """Ends the process at a moment, wherever it stands.
+
+    It is a timer of the system and its signal: it rings also when the event loop hangs, and when
+    the interpreter waits for a thread that does not end. It may be set in a signal handler.
+    """
+
+    def __init__(self) -> None:
+        self._code = 0
+        self._why = ""
+        signal.signal(signal.SIGALRM, self._ring)
+
+    def set(self, seconds: float, *, code: int, why: str) -> None:
+        """End the process with ``code`` and a line after ``seconds``, instead of what was set."""
+        self._code, self._why = code, why
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def stop(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _ring(self, *_: object) -> NoReturn:
+        # Not by the log, which whoever was interrupted may hold.
+        os.write(sys.stderr.fileno(), f"cb-trade-data: {self._why}\n".encode())
+        os._exit(self._code)
+
+
+class StopSignals:
+    """What SIGTERM and SIGINT do, from the moment this is made.
+
+    Before there is a server they end the process: nothing is open yet.
+    """
+
+    def __init__(self) -> None:
+        self._server: IStoppable | None = None
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def stop(self, server: IStoppable) -> None:
+        """From now on the first signal asks ``server`` to stop."""
+        self._server = server
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._asked:
+            os._exit(128 + number)
+        self._asked = True
+        if self._server is None:
+            os._exit(0)
+        self._server.ask_to_stop()
