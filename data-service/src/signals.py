@@ -5,6 +5,7 @@ It imports nothing that takes long, so that a signal is heard from the first mom
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -30,6 +31,9 @@ class Alarm:
         self._code = 0
         self._why = ""
         signal.signal(signal.SIGALRM, self._ring)
+        # The interpreter does this once threads have ended. What it does then hangs nowhere, but
+        # gives signals their own effect back, and this one's is to kill.
+        atexit.register(self.stop)
 
     def set(self, seconds: float, *, code: int, why: str) -> None:
         """End the process with ``code`` and a line after ``seconds``, instead of what was set."""

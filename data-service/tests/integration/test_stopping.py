@@ -1,0 +1,193 @@
+"""How a service ends: asked once, asked twice, while it starts, and when something hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving import NOT_STARTED
+from tests.support.processes import SECRET, clean_environment, line_with, until
+
+pytestmark = pytest.mark.e2e
+
+SERVE = "\nsys.exit(cli.main(['serve']))\n"
+# What hangs is made to hang by the program that each test starts; the rest is the service's own.
+IMPORTS = "import asyncio, os, sys, cli, main, serving\n"
+START_HANGS = """
+async def hang(*_, **__):
+    await asyncio.Event().wait()
+main._start = hang
+"""
+STOP_HANGS = """
+async def hang(*_, **__):
+    print("finishing", flush=True)
+    await asyncio.Event().wait()
+main._finish = hang
+"""
+# Nobody writes into a pipe that nobody knows of: whoever opens it to read never returns.
+THREADS_HANG = """
+finish = main._finish
+async def leave_threads_behind(*parts):
+    os.mkfifo("pipe")
+    loop = asyncio.get_running_loop()
+    loop.run_in_executor(None, open, "pipe")
+    await finish(*parts)
+main._finish = leave_threads_behind
+"""
+WITHIN_S = 10.0
+
+
+@dataclass
+class Program:
+    """A program that serves, and where."""
+
+    process: asyncio.subprocess.Process
+    url: str
+    log: Path
+
+    async def says(self, path: str) -> tuple[int, dict[str, object]]:
+        async with httpx.AsyncClient(base_url=self.url, timeout=WITHIN_S) as client:
+            answer = await client.get(path)
+            return answer.status_code, answer.json()
+
+    async def ended(self, *signals: int) -> int:
+        """The exit code, in time, after signals."""
+        for number in signals:
+            self.process.send_signal(number)
+        async with asyncio.timeout(WITHIN_S):
+            return await self.process.wait()
+
+    def lines(self) -> list[str]:
+        """What it wrote to standard error; never a traceback."""
+        text = self.log.read_text()
+        assert "Traceback" not in text, text
+        return text.splitlines()
+
+    def is_listening(self) -> bool:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        with socket.socket() as client:
+            return client.connect_ex((host, int(port))) == 0
+
+
+@asynccontextmanager
+async def running(folder: Path, changes: str = "", **settings: str) -> AsyncIterator[Program]:
+    """The service with ``changes`` made to it, from the moment that its process is there."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = folder / "service.log"
+    with log.open("wb") as errors:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", IMPORTS + changes + SERVE,
+            env=clean_environment(
+                AUTH_SECRET=SECRET,
+                PORT=str(port),
+                EXCHANGES="crypto.com",
+                EXCHANGE_ENDPOINTS='{"crypto.com": "http://127.0.0.1:9"}',
+                PYTHONPATH=":".join(sys.path),
+                **settings,
+            ),
+            cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=errors,
+        )  # fmt: skip
+    try:
+        yield Program(process, f"http://127.0.0.1:{port}", log)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def until_listening(program: Program) -> None:
+    async def listens() -> bool:
+        assert program.process.returncode is None, program.lines()
+        return program.is_listening()
+
+    await until(listens, within_s=WITHIN_S)
+
+
+async def test_a_service_that_starts_says_so_and_ends_as_soon_as_it_is_asked(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, START_HANGS, REVISION="abc123") as program:
+        await until_listening(program)
+        assert await program.says("/health/live") == (
+            200,
+            {"status": "alive", "revision": "abc123"},
+        )
+        status, ready = await program.says("/health/ready")
+        assert (status, ready["reasons"]) == (503, ["the service is starting"])
+        status, problem = await program.says("/api/v1/coins")
+        assert (status, problem["code"]) == (503, "unavailable")
+        assert await program.ended(signal.SIGTERM) == 0
+        assert [line for line in program.lines() if "[error" in line] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_program_that_still_loads_ends_as_soon_as_it_is_asked(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    slow = "import time\nprint('loading', flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "main.py").write_text(slow)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "cli", "serve",
+        env=clean_environment(AUTH_SECRET=SECRET, PYTHONPATH=":".join([str(tmp_path), *sys.path])),
+        cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    await line_with(process, "loading")
+    process.send_signal(number)
+    async with asyncio.timeout(WITHIN_S):
+        _, errors = await process.communicate()
+    assert (process.returncode, errors) == (0, b"")
+
+
+async def test_a_start_that_takes_too_long_says_what_it_waited_for_and_ends(
+    tmp_path: Path,
+) -> None:
+    # A table whose log cannot be read to its end: a thread stands there for ever.
+    folder = tmp_path / "data" / "candles_delta" / "_delta_log"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / f"{0:020}.json")
+    async with running(tmp_path, "serving.START_S = 3.0") as program:
+        assert await program.ended() == NOT_STARTED
+        told = [line for line in program.lines() if "not_started" in line]
+        assert len(told) == 1
+        assert "longer than 3 s: it was waiting for the table of candles" in told[0]
+        assert "a thread stands in a call" in program.lines()[-1]
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+async def test_a_service_that_stops_says_so_and_a_second_signal_ends_it_at_once(
+    tmp_path: Path, second: signal.Signals
+) -> None:
+    async with running(tmp_path, STOP_HANGS) as program:
+        await line_with(program.process, "serving on")
+        program.process.send_signal(signal.SIGTERM)
+        await line_with(program.process, "finishing")
+        status, ready = await program.says("/health/ready")
+        assert (status, ready["reasons"]) == (503, ["the service is stopping"])
+        assert (await program.says("/health/live"))[0] == 200
+        assert await program.ended(second) == 128 + second
+        program.lines()
+
+
+async def test_a_stop_that_hangs_is_cut_off(tmp_path: Path) -> None:
+    async with running(tmp_path, "serving.STOP_S = 0.5" + STOP_HANGS) as program:
+        await line_with(program.process, "serving on")
+        assert await program.ended(signal.SIGTERM) == 1
+        assert "stopping took longer than 0.5 s" in program.lines()[-1]
+
+
+async def test_a_thread_that_never_returns_does_not_keep_the_process(tmp_path: Path) -> None:
+    async with running(tmp_path, THREADS_HANG) as program:
+        await line_with(program.process, "serving on")
+        assert await program.ended(signal.SIGTERM) == 0
+        assert "a thread stands in a call" in program.lines()[-1]
