@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+import websockets
 
-from serving import NOT_STARTED
-from tests.support.processes import SECRET, clean_environment, line_with, until
+from api.doorman import PATIENCE_S
+from serving import NOT_STARTED, THREADS_S
+from tests.drills.checker import Series, document_of
+from tests.support.market import DAY, MINUTE
+from tests.support.processes import (
+    SECRET,
+    Feed,
+    Stack,
+    clean_environment,
+    line_with,
+    market_clock,
+    stack_to_start,
+    until,
+)
 
 pytestmark = pytest.mark.e2e
 
 SERVE = "\nsys.exit(cli.main(['serve']))\n"
 # What hangs is made to hang by the program that each test starts; the rest is the service's own.
-IMPORTS = "import asyncio, os, sys, cli, main, serving\n"
+IMPORTS = "import asyncio, os, socket, sys, cli, main, serving\n"
 START_HANGS = """
 async def hang(*_, **__):
     await asyncio.Event().wait()
@@ -44,7 +59,28 @@ async def leave_threads_behind(*parts):
     await finish(*parts)
 main._finish = leave_threads_behind
 """
+# A disk that stops to answer while a file of that name is there.
+DISK_HANGS = """
+import time
+from storage.implementations.disk import Disk
+write = Disk.write
+def hang(*arguments, **options):
+    while os.path.exists("hangs"):
+        time.sleep(0.05)
+    return write(*arguments, **options)
+Disk.write = hang
+"""
+# The system takes little for a client that reads nothing.
+BUFFERS_ARE_SMALL = """
+listen = serving.listen
+def listen_with_small_buffers(settings):
+    listener = listen(settings)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return listener
+serving.listen = listen_with_small_buffers
+"""
 WITHIN_S = 10.0
+START = 1_763_985_600_000
 
 
 @dataclass
@@ -89,12 +125,14 @@ async def running(folder: Path, changes: str = "", **settings: str) -> AsyncIter
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", IMPORTS + changes + SERVE,
             env=clean_environment(
-                AUTH_SECRET=SECRET,
-                PORT=str(port),
-                EXCHANGES="crypto.com",
-                EXCHANGE_ENDPOINTS='{"crypto.com": "http://127.0.0.1:9"}',
-                PYTHONPATH=":".join(sys.path),
-                **settings,
+                **{
+                    "AUTH_SECRET": SECRET,
+                    "EXCHANGES": "crypto.com",
+                    "EXCHANGE_ENDPOINTS": '{"crypto.com": "http://127.0.0.1:9"}',
+                    "PYTHONPATH": ":".join(sys.path),
+                    **settings,
+                    "PORT": str(port),
+                }
             ),
             cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=errors,
         )  # fmt: skip
@@ -191,3 +229,91 @@ async def test_a_thread_that_never_returns_does_not_keep_the_process(tmp_path: P
         await line_with(program.process, "serving on")
         assert await program.ended(signal.SIGTERM) == 0
         assert "a thread stands in a call" in program.lines()[-1]
+
+
+@asynccontextmanager
+async def on_a_market(folder: Path, changes: str = "") -> AsyncIterator[tuple[Program, Stack]]:
+    """A service with ``changes``, on a sandbox of its own with a minute a second; BTC is live."""
+    async with stack_to_start(folder, market_clock(START, 60), BACKFILL_DAYS="0.02") as world:
+        settings = {name: value for name, value in world.settings.items() if name != "PORT"}
+        async with running(folder, changes, **settings) as program:
+            await line_with(program.process, "serving on")
+            world.url = program.url
+            async with world.http(world.token()) as client:
+                added = await client.post("/api/v1/coins", json={"coin": "BTC", "interval": "1m"})
+                assert added.status_code == 201
+            yield program, world
+
+
+def deaf(world: Stack) -> websockets.connect:
+    """A client that reads nothing, and whose system takes little for it."""
+    host, _, port = world.url.removeprefix("http://").partition(":")
+    socket_ = socket.socket()
+    socket_.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    socket_.connect((host, int(port)))
+    return websockets.connect(
+        f"ws://{host}:{port}/ws/data",
+        additional_headers={"Authorization": f"Bearer {world.token()}"},
+        sock=socket_,
+        max_queue=1,
+        compression=None,
+        close_timeout=0.1,
+    )
+
+
+async def flood(socket_: websockets.ClientConnection) -> None:
+    """Ask for more answers than there is room for on their way."""
+    for _ in range(3_000):
+        await socket_.send(json.dumps({"type": "ping", "request_id": "x" * 64}))
+
+
+async def test_the_worst_stop_is_as_long_as_its_bounds(tmp_path: Path) -> None:
+    bounds = {"main.FINISH_S": 0.6, "main.TELL_S": 0.2, "serving.DRAIN_S": 0.4, "main.END_S": 0.4}
+    shorter = "\n".join(f"{name} = {seconds}" for name, seconds in bounds.items())
+    hanging = DISK_HANGS + BUFFERS_ARE_SMALL
+    async with on_a_market(tmp_path, shorter + hanging) as (program, world):
+        feed_of = world.websocket(world.token())
+        async with feed_of as listening, deaf(world) as silent, world.http(world.token()) as client:
+            feed = Feed(listening)
+            await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
+            await feed.next_closed()
+            await flood(silent)
+            # From here on neither the exchange nor the disk gives any answer.
+            await world.fault({"kind": "rest_hang", "seconds": 60})
+            (tmp_path / "hangs").touch()
+            asked: dict[str, str | int] = {"coin": "ETH", "start": START - DAY, "end": START}
+            request = asyncio.create_task(client.get("/api/v1/history", params=asked))
+            closed = world.clock.now_ms() // MINUTE * MINUTE + MINUTE
+            await world.clock.sleep_until(closed + MINUTE // 6)
+            began = time.monotonic()
+            assert await program.ended(signal.SIGTERM) == 0
+            took = time.monotonic() - began
+            assert took < sum(bounds.values()) + PATIENCE_S + THREADS_S + 1
+            await listening.wait_closed()
+            assert listening.close_code == 1012
+            assert (await request).status_code == 503
+    (cut,) = [line for line in program.lines() if "[error" in line]
+    assert "Cancel 2 running task(s)" in cut
+
+
+async def test_subscribers_are_told_what_is_stored_before_they_are_closed(tmp_path: Path) -> None:
+    async with on_a_market(tmp_path) as (program, world):
+        async with world.websocket(world.token()) as listening:
+            feed = Feed(listening)
+            await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
+            before = (await feed.next_closed())["timestamp"]
+            # The exchange publishes late: what has closed is open when the service is stopped.
+            await world.fault({"kind": "candle_late", "after_close": 8, "seconds": 60})
+            closed = world.clock.now_ms() // MINUTE * MINUTE + MINUTE
+            await world.clock.sleep_until(closed)
+            assert await program.ended(signal.SIGTERM) == 0
+            told = []
+            with suppress(websockets.ConnectionClosed):
+                while True:
+                    told.append((await feed.next_closed())["timestamp"])
+            assert listening.close_code == 1012
+        last = closed - MINUTE
+        assert told == list(range(before + MINUTE, closed, MINUTE))
+        path = document_of(tmp_path / "data", Series("BTC", "BTC/USD", "1m", MINUTE), last)
+        assert json.loads(path.read_bytes())["order_book"] is not None
+    assert program.lines()
