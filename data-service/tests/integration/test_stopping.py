@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -317,3 +318,23 @@ async def test_subscribers_are_told_what_is_stored_before_they_are_closed(tmp_pa
         path = document_of(tmp_path / "data", Series("BTC", "BTC/USD", "1m", MINUTE), last)
         assert json.loads(path.read_bytes())["order_book"] is not None
     assert program.lines()
+
+
+async def test_a_cloud_that_gives_no_answer_does_not_stop_the_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        key = base64.b64encode(b"a key of the tests").decode()
+        account = f"AccountName=account;AccountKey={key};DefaultEndpointsProtocol=http"
+        endpoint = f"BlobEndpoint=http://127.0.0.1:{mute.getsockname()[1]}/account"
+        async with running(
+            tmp_path,
+            "main.CLOUD_S = 0.3",
+            STORAGE_TYPE="azure",
+            STORAGE_ROOT="candles",
+            AZURE_STORAGE_CONNECTION_STRING=f"{account};{endpoint}",
+        ) as program:
+            await line_with(program.process, "serving on")
+            status, ready = await program.says("/health/ready")
+            assert status == 503
+            assert "took longer than 0.3 s" in str(ready["reasons"])
+            assert await program.ended(signal.SIGTERM) == 0
+            assert [line for line in program.lines() if "started_without_storage" in line]
