@@ -26,6 +26,7 @@ from typing import Final
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from api.doorman import Doorman
 from config import Settings
@@ -48,6 +49,18 @@ NOT_STARTED: Final = 3
 log = structlog.get_logger(__name__)
 
 
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """One WebSocket connection.
+
+    At a shutdown uvicorn says 1012 also to a client that has just said goodbye itself, and whose
+    connection is not quite gone yet. That raises, and would end the shutdown of all the others.
+    """
+
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
+
+
 class Server(uvicorn.Server):
     """Serves ``app`` at ``listener``, which listens; says on standard output where, once it does.
 
@@ -64,6 +77,7 @@ class Server(uvicorn.Server):
                 app,
                 log_config=None,
                 lifespan="off",
+                ws=WebSocketProtocol,
                 ws_max_size=MESSAGE_BYTES,
                 timeout_graceful_shutdown=DRAIN_S,
                 timeout_keep_alive=KEEP_ALIVE_S,
@@ -121,12 +135,11 @@ class Server(uvicorn.Server):
             print(f"cb-trade-data serving on http://{host}:{port}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        async with Doorman(self._listener, "stopping", revision=self._revision):
+        async with self._lifespan, Doorman(self._listener, "stopping", revision=self._revision):
             for server in self.servers:
                 server.close()
             await self._app.state.finish()
             await super().shutdown(sockets)
-        await self._lifespan.aclose()
 
     async def _start(self) -> bool:
         """Start the application; whether it did."""

@@ -128,6 +128,7 @@ class Stops:
         self.token = running.token()
         self.tally = Tally()
         self.to_add = list(ADDED)
+        self.read: set[Path] = set()
 
     async def round(self, number: int) -> None:
         """One start and its stop; the first finds nothing, and sets everything up."""
@@ -135,10 +136,10 @@ class Stops:
             await self._stop_while_starting()
         else:
             await self._stop_while_running(mute=number % 7 == 2)
-        service = self.running.logs()
-        if "Traceback" in service:
-            self._wrong(f"round {number}: a traceback in the log")
-            (self.running.folder / f"traceback-{number}.log").write_text(service)
+        for log in set(self.running.folder.glob("service-*.log")) - self.read:
+            self.read.add(log)
+            if "Traceback" in log.read_text():
+                self._wrong(f"round {number}: a traceback in {log}")
 
     async def _stop_while_starting(self) -> None:
         starting = asyncio.create_task(self.running.start_service())
