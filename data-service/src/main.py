@@ -103,7 +103,7 @@ async def _assembled(
     rng = random.Random()  # noqa: S311  jitter is no secret
     end = _Endings(END_S)
 
-    def wait_for(what: str) -> None:
+    def note_wait(what: str) -> None:
         app.state.waits_for = what
 
     async with AsyncExitStack() as stack:
@@ -111,7 +111,7 @@ async def _assembled(
         stack.push_async_callback(end, "the storage", raw_storage.close)
         spool = Spool(spool_folder(settings, raw_storage))
         stack.push_async_callback(end, "the spool", spool.close)
-        wait_for(f"the spool below {settings.state_dir}")
+        note_wait(f"the spool below {settings.state_dir}")
         await spool.open()
         identity = CollectorIdentity(spool_folder(settings, raw_storage))
         stack.callback(identity.release)
@@ -173,7 +173,7 @@ async def _assembled(
             sealer=sealer,
             reconciler=reconciler,
             collection=collection,
-            wait_for=wait_for,
+            note_wait=note_wait,
         )
         registry.register(StorageCollector(storage, lambda: role.collecting))
         registry.register(CollectionCollector(collection))
@@ -224,13 +224,13 @@ def _role(
     sealer: CandleSealer,
     reconciler: Reconciler,
     collection: DataCollectionManagerImpl,
-    wait_for: Callable[[str], None],
+    note_wait: Callable[[str], None],
 ) -> CollectorRole:
     """What begins and ends with the root's lock; until it is held, everything stands by."""
 
     async def prepare() -> None:
         await end()
-        wait_for(f"the storage root {raw_storage.address}")
+        note_wait(f"the storage root {raw_storage.address}")
         await raw_storage.open()
         await check_stamp(raw_storage, redirected=settings.redirected)
 
@@ -238,23 +238,24 @@ def _role(
         try:
             await collect()
         except (DataServiceError, asyncio.CancelledError):
+            # Cancelled by a first try that took too long, too: it is begun again from the start.
             await end()
             raise
 
     async def collect() -> None:
         if not await check_stamp(raw_storage, redirected=settings.redirected):
             await write_stamp(raw_storage, redirected=settings.redirected)
-        wait_for(f"the table of targets at {settings.targets_path}")
+        note_wait(f"the table of targets at {settings.targets_path}")
         await targets.open()
-        wait_for("the table of candles")
+        note_wait("the table of candles")
         # Before the first document is written: whoever collected before may be sealing still.
         await sealer.take_over()
-        wait_for(f"the spool below {settings.state_dir}")
+        note_wait(f"the spool below {settings.state_dir}")
         # Who collected before may have left entries there.
         await spool.open()
         storage.collect()
         reconciler.collect()
-        wait_for(f"the table of targets at {settings.targets_path}")
+        note_wait(f"the table of targets at {settings.targets_path}")
         await collection.resume()
 
     async def end() -> None:

@@ -97,7 +97,7 @@ class Server(uvicorn.Server):
         """Stop as soon as possible; for signal handlers, so it only leaves word."""
         self._limit_stop()
         self.should_exit = True
-        if self._loop is not None:
+        if self._loop is not None and self._patience is not None:
             self._loop.call_soon_threadsafe(self._give_up_start)
 
     def serve_and_end(self) -> int:

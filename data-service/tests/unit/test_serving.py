@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
@@ -14,7 +18,11 @@ from websockets.client import ClientProtocol
 from websockets.exceptions import InvalidState
 from websockets.uri import parse_uri
 
-from serving import WebSocketProtocol
+from api.app import build_app
+from errors import DataServiceError
+from serving import NOT_STARTED, STOP_S, Server, WebSocketProtocol
+from signals import Alarm
+from tests.support.api import make_settings
 from tests.support.clock import settle_loop
 
 
@@ -93,3 +101,32 @@ async def test_a_client_that_has_just_said_goodbye_does_not_end_the_shutdown(
         with pytest.raises(InvalidState):
             connection.shutdown()
     assert close_code(client, transport) == 1000
+
+
+class SilentAlarm(Alarm):
+    """Remembers what it was set to, and ends nothing."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def set(self, seconds: float, *, code: int, why: str) -> None:
+        self.seconds.append(seconds)
+
+    def stop(self) -> None:
+        """It does not run."""
+
+
+@asynccontextmanager
+async def failing(app: FastAPI) -> AsyncIterator[None]:
+    raise DataServiceError("the disk is gone")
+    yield
+
+
+def test_a_signal_that_comes_when_all_is_over_does_no_harm() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        alarm = SilentAlarm()
+        settings = make_settings()
+        server = Server(build_app(settings, failing), settings, listener, alarm=alarm)
+        assert server.serve_and_end() == NOT_STARTED
+        server.ask_to_stop()
+        assert alarm.seconds[-1] == STOP_S
