@@ -1,10 +1,11 @@
 """The drill of stops: a service under load is asked to stop, again and again, at seeded moments.
 
 Nothing that a client was told may be missing afterwards: a closed candle that a subscriber got, a
-coin whose adding was answered. Each stop takes less than ten seconds, ends with exit code 0 and
-without a traceback, and closes subscribers with 1012. In some rounds the exchange says nothing
-meanwhile, and in some the service still starts. ``CB_TRADE_DRILL=long`` (``make drill``) has 100
-rounds in place of 4; ``CB_TRADE_DRILL_SEED`` picks other moments.
+coin whose adding was answered; and what had closed is stored with its book. Each stop takes less
+than ten seconds, ends with exit code 0 and without a traceback, and closes subscribers with 1012.
+In some rounds the exchange says nothing meanwhile, in some it publishes late what closes at the
+moment of the stop, and in some the service still starts. ``CB_TRADE_DRILL=long`` (``make drill``)
+has 100 rounds in place of 4; ``CB_TRADE_DRILL_SEED`` picks other moments.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ from tests.support.processes import Stack, market_clock, run, stack_to_start, un
 LONG: Final = os.environ.get("CB_TRADE_DRILL") == "long"
 ROUNDS: Final = 100 if LONG else 4
 SEED: Final = int(os.environ.get("CB_TRADE_DRILL_SEED", "1"))
-# A minute of the market takes a real second.
-SPEED: Final = 60
+# A minute of the market takes three real seconds: a candle that is published late is late by more
+# than what a server takes to close its clients.
+SPEED: Final = 20
+SECOND: Final = SPEED * 1_000
+"""A real second, in market ms."""
 START: Final = 1_763_985_600_000
 STOP_WITHIN_S: Final = 10.0
 PATIENCE_S: Final = 40.0
@@ -44,10 +48,14 @@ PATIENCE_S: Final = 40.0
 WHILE_RUNNING_S: Final = (0.2, 3.0)
 WHILE_STARTING_S: Final = (0.0, 1.0)
 # How long after its first answers a service has live books (market ms).
-FEED_AFTER_MS: Final = MINUTE
+FEED_AFTER_MS: Final = SECOND
 # At most so many of the candles that had just closed may be without a book: it must be of the same
-# sixth of a second as the close, which a busy machine misses now and then.
+# half of a second as the close, which a busy machine misses now and then.
 WITHOUT_BOOK: Final = 0.05
+# How long after its end a candle is published when it is late (market seconds), and within which
+# part of that the service is asked to stop (real seconds).
+LATE_BY: Final = 8
+WHILE_LATE_S: Final = (0.0, 0.2)
 RESTARTED: Final = 1012
 
 SUBSCRIBED: Final = tuple(
@@ -98,6 +106,7 @@ class Tally:
     exits: list[float] = field(default_factory=list)
     while_starting: int = 0
     while_mute: int = 0
+    while_late: int = 0
     requests: int = 0
     cut: int = 0
     told: dict[tuple[Series, int], dict[str, Any]] = field(default_factory=dict)
@@ -111,7 +120,8 @@ class Tally:
         tracebacks = sum("traceback" in problem for problem in self.problems)
         return (
             f"stops, seed {SEED}: {len(self.exits)} rounds ({self.while_starting} while starting, "
-            f"{self.while_mute} with a mute exchange), slowest exit {max(self.exits):.2f} s; "
+            f"{self.while_mute} with a mute exchange, {self.while_late} with a late one), "
+            f"slowest exit {max(self.exits):.2f} s; "
             f"{len(self.told)} closed candles told, {len(self.added)} coins added, {lost} lost; "
             f"{self.just_closed} periods had closed just before, all stored, {len(self.bare)} "
             f"without a book {self.bare}; "
@@ -135,7 +145,7 @@ class Stops:
         if number % 5 == 3:
             await self._stop_while_starting()
         else:
-            await self._stop_while_running(mute=number % 7 == 2)
+            await self._stop_while_running(mute=number % 7 == 2, late=number % 2 == 1)
         for log in set(self.running.folder.glob("service-*.log")) - self.read:
             self.read.add(log)
             if "Traceback" in log.read_text():
@@ -150,7 +160,7 @@ class Stops:
         with suppress(AssertionError):  # it ended before it served, or not
             await starting
 
-    async def _stop_while_running(self, *, mute: bool) -> None:
+    async def _stop_while_running(self, *, mute: bool, late: bool) -> None:
         await self.running.start_service()
         listeners = [Listener(series) for series in (*SUBSCRIBED, *SUBSCRIBED[:2])]
         stopping = asyncio.Event()
@@ -170,6 +180,9 @@ class Stops:
             await asyncio.sleep(self.rng.uniform(*WHILE_RUNNING_S))
             if mute:
                 await self.running.fault({"kind": "rest_hang", "seconds": 30})
+            elif late:
+                await self._until_late()
+                self.tally.while_late += 1
             stopping.set()
             asked_at = self.running.clock.now_ms()
             await self._stop()
@@ -184,6 +197,14 @@ class Stops:
         else:
             self._check_just_closed(served_at, asked_at)
         self._check_added()
+
+    async def _until_late(self) -> None:
+        """Wait until a period has closed whose candle the exchange has not published."""
+        clock = self.running.clock
+        late = {"kind": "candle_late", "after_close": LATE_BY, "seconds": 30}
+        await self.running.fault(late)
+        await clock.sleep_until(clock.now_ms() // MINUTE * MINUTE + MINUTE)
+        await asyncio.sleep(self.rng.uniform(*WHILE_LATE_S))
 
     async def _stop(self) -> None:
         service = self.running.service

@@ -233,9 +233,11 @@ async def test_a_thread_that_never_returns_does_not_keep_the_process(tmp_path: P
 
 
 @asynccontextmanager
-async def on_a_market(folder: Path, changes: str = "") -> AsyncIterator[tuple[Program, Stack]]:
-    """A service with ``changes``, on a sandbox of its own with a minute a second; BTC is live."""
-    async with stack_to_start(folder, market_clock(START, 60), BACKFILL_DAYS="0.02") as world:
+async def on_a_market(
+    folder: Path, changes: str = "", *, speed: float = 60
+) -> AsyncIterator[tuple[Program, Stack]]:
+    """A service with ``changes``, on a fast sandbox of its own; BTC is live."""
+    async with stack_to_start(folder, market_clock(START, speed), BACKFILL_DAYS="0.02") as world:
         settings = {name: value for name, value in world.settings.items() if name != "PORT"}
         async with running(folder, changes, **settings) as program:
             await line_with(program.process, "serving on")
@@ -298,7 +300,8 @@ async def test_the_worst_stop_is_as_long_as_its_bounds(tmp_path: Path) -> None:
 
 
 async def test_subscribers_are_told_what_is_stored_before_they_are_closed(tmp_path: Path) -> None:
-    async with on_a_market(tmp_path) as (program, world):
+    # Slow enough for a candle that is late to be later than what closing clients takes.
+    async with on_a_market(tmp_path, speed=20) as (program, world):
         async with world.websocket(world.token()) as listening:
             feed = Feed(listening)
             await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
