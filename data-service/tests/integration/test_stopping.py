@@ -281,13 +281,14 @@ async def test_the_worst_stop_is_as_long_as_its_bounds(tmp_path: Path) -> None:
             await feed.send(type="subscribe_realtime", coin="BTC", interval="1m")
             await feed.next_closed()
             await flood(silent)
-            # From here on neither the exchange nor the disk gives any answer.
-            await world.fault({"kind": "rest_hang", "seconds": 60})
+            # What closes now stands in a disk that does not answer, and then the exchange is mute.
             (tmp_path / "hangs").touch()
+            closed = world.clock.now_ms() // MINUTE * MINUTE + MINUTE
+            await world.clock.sleep_until(closed + MINUTE // 4)
+            await world.fault({"kind": "rest_hang", "seconds": 60})
             asked: dict[str, str | int] = {"coin": "ETH", "start": START - DAY, "end": START}
             request = asyncio.create_task(client.get("/api/v1/history", params=asked))
-            closed = world.clock.now_ms() // MINUTE * MINUTE + MINUTE
-            await world.clock.sleep_until(closed + MINUTE // 6)
+            await world.clock.sleep_until(closed + MINUTE + MINUTE // 6)
             began = time.monotonic()
             assert await program.ended(signal.SIGTERM) == 0
             took = time.monotonic() - began
