@@ -55,7 +55,7 @@ run-live: setup ## The same on the real exchanges
 test: setup $(AZURITE_READY) ## Run every test
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-drill: setup ## Kill the service thirty times and lie to it, and compare what is left (14 minutes)
+drill: setup ## Kill the service thirty times, lie to it, stop it a hundred times, and compare (20 minutes)
 	@CB_TRADE_DRILL=long $(BIN)/python -m pytest -s data-service/tests/drills
 
 $(PEERS)/.ready: $(VENV)/.ready requirements-peers.lock

@@ -5,30 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
-import uvicorn
-from fastapi import FastAPI
-from starlette.types import Message, Receive, Scope, Send
 
 from config import Settings, load_settings
 from domain.interval import DEFAULT_INTERVAL
 from domain.time_range import TimeRange
 from errors import DataServiceError, InvalidRequest
 from models import parse_time
-from observability.logging import configure_logging, print_event
-from observability.tracing import tracing
+from observability.logging import configure_logging
 from sandbox import command as sandbox_command
+from signals import Alarm, StopSignals
 
-MESSAGE_BYTES: Final = 64 * 1024
-DRAIN_S: Final = 5
-# Agents pause for longer than the server's own five seconds, and would find it closed.
-KEEP_ALIVE_S: Final = 75
 DEFAULT_SCOPE: Final = "data:read data:write"
 DEFAULT_TTL_S: Final = 3600
 MOST_DAYS: Final = 36_500
@@ -145,6 +137,8 @@ def _add_choice(command: argparse.ArgumentParser) -> None:
 
 
 def _serve(_: argparse.Namespace) -> int:
+    # Before what takes long.
+    signals = StopSignals()
     log_format = os.environ.get("LOG_FORMAT")
     if log_format == "json":
         # Whoever reads events reads also what stops the start, wrong settings among it.
@@ -153,7 +147,7 @@ def _serve(_: argparse.Namespace) -> int:
         settings = load_settings()
         log_format = settings.log_format
         configure_logging(settings.log_level, settings.log_format)
-        return _run_service(settings)
+        return _run_service(settings, signals)
     except DataServiceError as exc:
         if log_format != "json":
             raise
@@ -161,36 +155,16 @@ def _serve(_: argparse.Namespace) -> int:
         return USER_ERROR
 
 
-def _run_service(settings: Settings) -> int:
+def _run_service(settings: Settings, signals: StopSignals) -> int:
     # Imported here: the other commands should not pay for the exchanges' libraries.
     from main import create_app  # noqa: PLC0415
+    from serving import Server, listen  # noqa: PLC0415
 
-    server = _Server(
-        uvicorn.Config(
-            _OneLineFailures(create_app(settings)),
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,  # the application tells of each request itself
-            lifespan="on",
-            ws_max_size=MESSAGE_BYTES,
-            timeout_graceful_shutdown=DRAIN_S,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            server_header=False,
-        ),
-        announce=_print_event_of_address if settings.log_format == "json" else _print_address,
-    )
-    # The server raises the signal that stopped it once more when it is done; a stop that was
-    # asked for is a success.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    listener = _listen(settings)
-    with tracing():
-        server.run(sockets=[listener])
-    if not server.started:
-        return 1
-    log.info("stopped")
-    return 0
+    app = create_app(settings)
+    alarm = Alarm(as_json=settings.log_format == "json")
+    server = Server(app, settings, listen(settings), alarm=alarm)
+    signals.stop(server)
+    return server.serve_and_end()
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -260,59 +234,6 @@ def _days(text: str) -> float:
     if not 0 < days <= MOST_DAYS:
         raise argparse.ArgumentTypeError(f"takes a number of days above 0 and up to {MOST_DAYS}")
     return days
-
-
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as exc:
-        listener.close()
-        raise DataServiceError(
-            f"HOST, PORT: cannot listen on {settings.host}:{settings.port} "
-            f"({exc.strerror}); set PORT to a free one, 0 takes any"
-        ) from exc
-    return listener
-
-
-class _OneLineFailures:
-    """Tells why the application did not start in one line; a traceback says no more."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def tell(message: Message) -> None:
-            if message["type"] == "lifespan.startup.failed":
-                why = getattr(self._app.state, "why_not_started", None)
-                message = {**message, "message": why or message.get("message", "")}
-            await send(message)
-
-        await self._app(scope, receive, tell if scope["type"] == "lifespan" else send)
-
-
-class _Server(uvicorn.Server):
-    """Says on standard output where it serves, once it does."""
-
-    def __init__(self, config: uvicorn.Config, *, announce: Callable[[str], None]) -> None:
-        super().__init__(config)
-        self._announce = announce
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started and sockets:
-            host, port = sockets[0].getsockname()[:2]
-            self._announce(f"http://{host}:{port}")
-
-
-def _print_address(url: str) -> None:
-    print(f"cb-trade-data serving on {url}", flush=True)
-
-
-def _print_event_of_address(url: str) -> None:
-    print_event("serving", logger="cli", url=url)
 
 
 def _token(options: argparse.Namespace) -> int:

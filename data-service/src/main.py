@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
+from typing import Any, Final
 
 import structlog
 from fastapi import FastAPI
@@ -49,6 +54,14 @@ from storage.spool import Spool
 from target_management.interfaces import TargetStoreDenied, TargetStoreUnavailable
 from target_management.manager import TargetManager
 
+# How long (real seconds) storage in the cloud is waited for before serving without it.
+CLOUD_S: Final = 40.0
+# At a stop, how long what has closed may take to be settled, and what is stored to be told; and how
+# long all parts together may take to end.
+FINISH_S: Final = 3.0
+TELL_S: Final = 0.5
+END_S: Final = 2.0
+
 log = structlog.get_logger(__name__)
 
 
@@ -72,12 +85,7 @@ def _lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            try:
-                health = await stack.enter_async_context(_assembled(settings, app, registry))
-            except DataServiceError as exc:
-                app.state.why_not_started = exc.message
-                raise
+        async with _assembled(settings, app, registry) as health:
             try:
                 yield
             finally:
@@ -93,18 +101,24 @@ async def _assembled(
     clock = settings.market_clock
     use_returning_memory()
     rng = random.Random()  # noqa: S311  jitter is no secret
+    end = _Endings(END_S)
+
+    def note_wait(what: str) -> None:
+        app.state.waits_for = what
+
     async with AsyncExitStack() as stack:
         raw_storage = create_storage(settings)
-        stack.push_async_callback(raw_storage.close)
+        stack.push_async_callback(end, "the storage", raw_storage.close)
         spool = Spool(spool_folder(settings, raw_storage))
-        stack.push_async_callback(spool.close)
+        stack.push_async_callback(end, "the spool", spool.close)
+        note_wait(f"the spool below {settings.state_dir}")
         await spool.open()
         identity = CollectorIdentity(spool_folder(settings, raw_storage))
         stack.callback(identity.release)
         lock = raw_storage.collector_lock(identity=await identity.claim())
-        stack.push_async_callback(lock.release)
+        stack.push_async_callback(end, "the collector's lock", lock.release)
         sealed = SealedCandleStore(CandleTable.from_settings(settings), clock)
-        stack.push_async_callback(sealed.close)
+        stack.push_async_callback(end, "the table of candles", sealed.close)
         sealer = CandleSealer(
             sealed, raw_storage, settings.exchanges, clock, may_write=lambda: lock.is_held
         )
@@ -112,9 +126,9 @@ async def _assembled(
             raw_storage, spool=spool, lock=lock, sealed=sealer, clock=clock
         )
         targets = TargetManager.from_settings(settings, clock)
-        stack.push_async_callback(targets.close)
+        stack.push_async_callback(end, "the table of targets", targets.close)
         connector = DataSourceConnectorImpl.from_settings(settings, clock)
-        stack.push_async_callback(connector.close)
+        stack.push_async_callback(end, "the exchanges", connector.close)
 
         hub = Hub(clock, storage)
         clients = {name: connector.get_client(name) for name in connector.exchange_names}
@@ -159,6 +173,7 @@ async def _assembled(
             sealer=sealer,
             reconciler=reconciler,
             collection=collection,
+            note_wait=note_wait,
         )
         registry.register(StorageCollector(storage, lambda: role.collecting))
         registry.register(CollectionCollector(collection))
@@ -181,16 +196,18 @@ async def _assembled(
             history=history,
             health=health,
         )
-        await stack.enter_async_context(
-            _running(watch_loop(clock, app.state.metrics.loop_lag), "watching the loop", health)
-        )
+        app.state.finish = lambda: _finish(health, sealer, collection, hub)
         # Stopped in the reverse order: intake, then settling; clients are gone by then.
-        await stack.enter_async_context(_running(storage.run(), "storage", health))
-        await stack.enter_async_context(_running(reconciler.run(), "settling", health))
-        await stack.enter_async_context(_running(collection.run(), "collection", health))
-        await stack.enter_async_context(_running(sealer.run(), "sealing", health))
+        for name, work in (
+            ("watching the loop", watch_loop(clock, app.state.metrics.loop_lag)),
+            ("storage", storage.run()),
+            ("settling", reconciler.run()),
+            ("collection", collection.run()),
+            ("sealing", sealer.run()),
+        ):
+            await stack.enter_async_context(_running(work, name, health, end))
         await _start(role, patient=settings.storage_type == "azure")
-        await stack.enter_async_context(_running(role.run(), "the collector's role", health))
+        await stack.enter_async_context(_running(role.run(), "the collector's role", health, end))
         health.phase = "running"
         yield health
 
@@ -207,31 +224,38 @@ def _role(
     sealer: CandleSealer,
     reconciler: Reconciler,
     collection: DataCollectionManagerImpl,
+    note_wait: Callable[[str], None],
 ) -> CollectorRole:
     """What begins and ends with the root's lock; until it is held, everything stands by."""
 
     async def prepare() -> None:
         await end()
+        note_wait(f"the storage root {raw_storage.address}")
         await raw_storage.open()
         await check_stamp(raw_storage, redirected=settings.redirected)
 
     async def begin() -> None:
         try:
             await collect()
-        except DataServiceError:
+        except (DataServiceError, asyncio.CancelledError):
+            # Cancelled by a first try that took too long, too: it is begun again from the start.
             await end()
             raise
 
     async def collect() -> None:
         if not await check_stamp(raw_storage, redirected=settings.redirected):
             await write_stamp(raw_storage, redirected=settings.redirected)
+        note_wait(f"the table of targets at {settings.targets_path}")
         await targets.open()
+        note_wait("the table of candles")
         # Before the first document is written: whoever collected before may be sealing still.
         await sealer.take_over()
+        note_wait(f"the spool below {settings.state_dir}")
         # Who collected before may have left entries there.
         await spool.open()
         storage.collect()
         reconciler.collect()
+        note_wait(f"the table of targets at {settings.targets_path}")
         await collection.resume()
 
     async def end() -> None:
@@ -247,7 +271,7 @@ async def _start(role: CollectorRole, *, patient: bool) -> None:
     """The first try to collect. What is wrong with the settings stops the start; a cloud that is
     away for now does not, since it may come back without anybody's doing."""
     try:
-        await role.start()
+        await role.start(within_s=CLOUD_S if patient else None)
     except (StorageDenied, TargetStoreDenied, CandleTableDenied):
         raise
     except (StorageUnavailable, TargetStoreUnavailable, CandleTableUnavailable) as exc:
@@ -256,9 +280,48 @@ async def _start(role: CollectorRole, *, patient: bool) -> None:
         log.warning("started_without_storage", error=exc.message)
 
 
+async def _finish(
+    health: Health, sealer: CandleSealer, collection: DataCollectionManagerImpl, hub: Hub
+) -> None:
+    """End intake, and bring to an end what is under way, in bounded time; what is told is read by
+    then, so that clients can be closed."""
+    health.phase = "stopping"
+    sealer.stand_by()
+    try:
+        async with asyncio.timeout(FINISH_S):
+            await collection.finish()
+    except TimeoutError:
+        log.warning("stopped_before_all_was_settled")
+    except Exception:
+        # The outermost handler of a stop: whatever it is, the rest is to be closed.
+        log.exception("finishing_failed")
+    with suppress(TimeoutError):  # who reads too slowly resumes with ``from``
+        async with asyncio.timeout(TELL_S):
+            await hub.until_read()
+
+
+class _Endings:
+    """Ends parts, one after the other, with one bound (real seconds) over all of them; it begins
+    with the first. What takes longer is left behind: it has what a killed process has."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until: float | None = None
+
+    async def __call__(self, name: str, end: Callable[[], Awaitable[object]]) -> None:
+        if self._until is None:
+            self._until = asyncio.get_running_loop().time() + self._seconds
+        try:
+            # One whose time is over still gets as far as it can without waiting.
+            async with asyncio.timeout_at(self._until):
+                await end()
+        except TimeoutError:
+            log.warning("part_left_behind", part=name)
+
+
 @asynccontextmanager
 async def _running(
-    work: Coroutine[Any, Any, None], name: str, health: Health
+    work: Coroutine[Any, Any, None], name: str, health: Health, end: _Endings
 ) -> AsyncIterator[None]:
     """Run ``work`` beside the body; cancel and join it at the end.
 
@@ -276,4 +339,4 @@ async def _running(
         yield
     finally:
         task.cancel()
-        await asyncio.wait([task])
+        await end(name, lambda: asyncio.wait([task]))

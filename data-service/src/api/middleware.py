@@ -3,9 +3,11 @@ bounded size, and an answer also to what nobody foresaw."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 from uuid import uuid4
 
@@ -14,7 +16,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.metrics import ApiMetrics
-from api.problems import PayloadTooLarge, problem_of, problem_response, report_unexpected
+from api.problems import (
+    PayloadTooLarge,
+    not_serving,
+    problem_of,
+    problem_response,
+    report_unexpected,
+)
 from observability.tracing import ISpan, span
 
 MAX_BODY_BYTES: Final = 64 * 1024
@@ -177,12 +185,20 @@ def _route(scope: Scope) -> str:
 
 
 class CrashMiddleware:
-    """The outermost handler: what no other handles is logged once and told as ``internal``."""
+    """The outermost handler: what no other handles is logged once and told as ``internal``.
+
+    The server cancels what takes too long when it stops. That is no failure: who has no answer yet
+    is told to ask again, and it ends there.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            with suppress(asyncio.CancelledError):
+                await self._app(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -195,6 +211,9 @@ class CrashMiddleware:
 
         try:
             await self._app(scope, receive, send_and_watch)
+        except asyncio.CancelledError:
+            if not started:
+                await problem_response(not_serving("stopping"))(scope, receive, send)
         except Exception as exc:  # noqa: BLE001  this is the outermost handler
             problem = report_unexpected(exc)
             # An answer that has begun cannot be taken back; the server cuts it off.

@@ -127,6 +127,27 @@ def _retry_after(status: int, seconds: float | None) -> int | None:
     return max(1, math.ceil(seconds))
 
 
+def not_serving(doing: str) -> Problem:
+    """What whoever asks is told while the service is ``doing`` something else than to serve."""
+    return Problem(
+        "storage_unavailable",
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        f"the service is {doing}",
+        DEFAULT_RETRY_AFTER_S,
+    )
+
+
+def problem_document(problem: Problem) -> dict[str, Any]:
+    """What the body of an answer says of ``problem`` (RFC 9457)."""
+    return {
+        "type": problem.type,
+        "title": problem.title,
+        "status": int(problem.status),
+        "detail": problem.detail,
+        "code": problem.code,
+    }
+
+
 def problem_response(problem: Problem, *, allow: str | None = None) -> Response:
     """The answer that carries ``problem``; ``allow`` are the methods that the path takes."""
     headers: dict[str, str] = {}
@@ -137,13 +158,7 @@ def problem_response(problem: Problem, *, allow: str | None = None) -> Response:
     if allow is not None:
         headers["Allow"] = allow
     return JSONResponse(
-        {
-            "type": problem.type,
-            "title": problem.title,
-            "status": int(problem.status),
-            "detail": problem.detail,
-            "code": problem.code,
-        },
+        problem_document(problem),
         status_code=problem.status,
         headers=headers,
         media_type=MEDIA_TYPE,

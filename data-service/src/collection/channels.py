@@ -236,10 +236,13 @@ class MarketChannels:
         await _end(upstream)
 
     async def close(self) -> None:
-        """Stop every channel."""
-        upstreams, self._upstreams = list(self._upstreams.values()), {}
-        for upstream in upstreams:
-            await _end(upstream)
+        """Stop every channel. Idempotent; those who read it stay, and are told nothing more."""
+        tasks = [item.task for item in self._upstreams.values() if item.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._upstreams.clear()
 
 
 async def _end(upstream: _Upstream) -> None:

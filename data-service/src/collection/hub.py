@@ -227,6 +227,13 @@ class Hub:
                 for reader in topic.readers:
                     reader.offer(status)
 
+    async def until_read(self) -> None:
+        """Return once every reader has passed on what it was told; how long that may take is the
+        caller's to say."""
+        for topic in list(self._topics.values()):
+            for reader in topic.readers:
+                await reader.until_read()
+
     def _told(self, series: Series) -> _Topic:
         topic = self._topics.get(series)
         if topic is None:

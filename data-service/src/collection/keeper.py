@@ -105,6 +105,8 @@ class SeriesKeeper:
         self._served = asyncio.Event()
         self._served.set()
         self._repair_now = asyncio.Event()
+        # What takes in and looks for more, while it runs.
+        self._intake: list[asyncio.Task[None]] = []
 
     @property
     def removing(self) -> bool:
@@ -142,24 +144,51 @@ class SeriesKeeper:
         self.view.use_sink(self._processor.process_settled)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(
-                    self._feed.keep_candles(
-                        self.target.market,
-                        self.target.interval,
-                        on_refused=self._stream_refused,
+                self._intake = [
+                    group.create_task(work)
+                    for work in (
+                        self._feed.keep_candles(
+                            self.target.market,
+                            self.target.interval,
+                            on_refused=self._stream_refused,
+                        ),
+                        self._feed.keep_book(self.target.market, on_refused=self._stream_refused),
+                        self._follow(),
+                        self._repair(),
+                        self._look_again(),
                     )
-                )
-                group.create_task(
-                    self._feed.keep_book(self.target.market, on_refused=self._stream_refused)
-                )
-                group.create_task(self._follow())
-                group.create_task(self._repair())
-                group.create_task(self._look_again())
+                ]
                 group.create_task(self._capture_books())
                 group.create_task(self._tell())
         finally:
             self.view.use_sink(None)
             self._processor.unroute(self.series, self.target.market)
+
+    async def finish(self) -> None:
+        """Take in nothing more, and settle what has closed by now and is still open.
+
+        Its order books are in memory only, and gone with the process. What the exchange has not
+        told by its grace is left to the next start. How long this may take is the caller's to say;
+        ``run`` goes on, so that what is settled is stored and told as ever.
+        """
+        for task in self._intake:
+            task.cancel()
+        closed_end = self.series.interval.floor(self._clock.now_ms())
+        window = self._live_window(closed_end)
+        patience = closed_end + CLOSE_GRACE_MS + FIRST_POLL_MS
+        failures = 0
+        while self._served.is_set() and self.view.open_gaps(window):
+            is_last = self._clock.now_ms() >= patience
+            report = await self._settle(window, Priority.LIVE)
+            if report is None or report.error is not None:
+                if not await self._waited_out():
+                    await self._back_off(failures)
+                    failures += 1
+                continue
+            if is_last:
+                return
+            await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
+            await self._clock.sleep_until(self._clock.now_ms() + FIRST_POLL_MS)
 
     # -- the tasks --------------------------------------------------------------------------
 
@@ -171,12 +200,7 @@ class SeriesKeeper:
             await self._served.wait()
             self._wake.clear()
             closed_end = interval.floor(self._clock.now_ms())
-            # After an outage everything that it swallowed is live again.
-            settled_until = min(closed_end, self._settled_until or closed_end)
-            start = settled_until - LIVE_REACH_MS - 2 * self._step
-            report = await self._settle(
-                TimeRange(max(self.target.since, start), closed_end), Priority.LIVE
-            )
+            report = await self._settle(self._live_window(closed_end), Priority.LIVE)
             if report is not None and report.error is None:
                 self._settled_until = closed_end
             next_look = closed_end + self._step + CLOSE_GRACE_MS
@@ -285,6 +309,12 @@ class SeriesKeeper:
             await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _live_window(self, closed_end: int) -> TimeRange:
+        """The periods that are settled live now; after an outage everything that it swallowed."""
+        settled_until = min(closed_end, self._settled_until or closed_end)
+        start = settled_until - LIVE_REACH_MS - 2 * self._step
+        return TimeRange(max(self.target.since, start), closed_end)
 
     def _live_edge(self, closed_end: int) -> int:
         """From where on periods are live; what is older is repair."""

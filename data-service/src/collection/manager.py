@@ -114,6 +114,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         self._backfill_ms = round(backfill_days * DAY_MS)
         self._rng = rng
         self._standing_by = False
+        self._finishing = False
         self._kept: dict[Series, _Kept] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._feeds = {
@@ -144,6 +145,18 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         """Stop to keep anything: another process collects."""
         self._standing_by = True
         await self._stop(list(self._kept))
+
+    async def finish(self) -> None:
+        """Take in nothing more, begin to collect nothing more, and settle what has closed by now.
+
+        Returns when that is stored and told. How long that may take is the caller's to say: given
+        up at any moment, nothing is lost but the order books of what is still open.
+        """
+        self._finishing = True
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._channels.close())
+            for kept in self._kept.values():
+                group.create_task(kept.keeper.finish())
 
     async def run(self) -> None:
         """Watch the feeds until cancelled; then stop every keeper and channel."""
@@ -195,7 +208,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         coin = self._coin(coin)
         wanted = Interval.parse(interval)
         exchange = self._exchange(exchange)
-        self._refuse_standing_by()
+        self._refuse_who_comes_in_vain()
         async with self._lock(coin):
             for target in self._preferred(self._collection.find(coin, interval=interval)):
                 if exchange in (None, target.exchange):
@@ -243,7 +256,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         exchange = self._exchange(exchange)
         if interval is not None:
             Interval.parse(interval)
-        self._refuse_standing_by()
+        self._refuse_who_comes_in_vain()
         async with self._lock(coin):
             found = self._collection.find(coin, exchange=exchange, interval=interval)
             if len(found) != 1:
@@ -305,7 +318,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         channel: Channel = Channel.CANDLES,
         from_ms: int | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
-        self._refuse_standing_by()
+        self._refuse_who_comes_in_vain()
         if from_ms is not None and channel is not Channel.CANDLES:
             raise InvalidRequest(f"from takes a time for candles only; {channel} begin with now")
         keeper = self._keeper(self._coin(coin), self._exchange(exchange), interval)
@@ -544,7 +557,11 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
         except ExchangeError as exc:
             return exc
 
-    def _refuse_standing_by(self) -> None:
+    def _refuse_who_comes_in_vain(self) -> None:
+        if self._finishing:
+            raise NotTheCollector(
+                "this service is stopping and begins nothing more: ask again in a few seconds"
+            )
         if self._standing_by:
             raise NotTheCollector(
                 "another service collects into this root, and this one stands by: ask that one, "

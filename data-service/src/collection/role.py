@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -9,7 +10,7 @@ import structlog
 
 from domain.clock import IClock
 from errors import DataServiceError
-from storage.interfaces import ICollectorLock
+from storage.interfaces import ICollectorLock, StorageUnavailable
 
 # How soon (real seconds) what failed is tried again.
 RETRY_S: Final = 1.0
@@ -57,14 +58,20 @@ class CollectorRole:
         """Why the last try went wrong, or None."""
         return self._trouble
 
-    async def start(self) -> None:
-        """The first try.
+    async def start(self, *, within_s: float | None = None) -> None:
+        """The first try, given up after ``within_s`` (real seconds).
 
         Raises:
             DataServiceError: what stands in the way; ``run`` tries again all the same.
         """
         try:
-            await self._try()
+            async with asyncio.timeout(within_s) as patience:
+                await self._try()
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            self._trouble = f"what collecting begins with took longer than {within_s:g} s"
+            raise StorageUnavailable(self._trouble) from None
         except DataServiceError as exc:
             self._trouble = exc.message
             raise

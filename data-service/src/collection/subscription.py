@@ -60,6 +60,8 @@ class Reader:
         self._queue: deque[StreamEvent] = deque()
         self._newest: StreamEvent | None = None
         self._wakes = asyncio.Event()
+        # Set while whoever reads has passed on everything and waits for more, or has left.
+        self._idle = asyncio.Event()
         self._weight = 0
         self._overrun = False
         self._ended_with: DataServiceError | None = None
@@ -83,6 +85,7 @@ class Reader:
         else:
             self._weight += weight
             self._queue.append(event)
+        self._idle.clear()
         self._wakes.set()
 
     def offer_newest(self, event: StreamEvent) -> None:
@@ -90,6 +93,7 @@ class Reader:
         if self._newest is not None:
             self._totals.replaced += 1
         self._newest = event
+        self._idle.clear()
         self._wakes.set()
 
     async def events(self) -> AsyncIterator[StreamEvent]:
@@ -114,7 +118,12 @@ class Reader:
                 raise self._ended_with
             else:
                 self._wakes.clear()
+                self._idle.set()
                 await self._wakes.wait()
+
+    async def until_read(self) -> None:
+        """Return once whoever reads has passed on what it was told, or has left."""
+        await self._idle.wait()
 
     def waiting(self) -> list[StreamEvent]:
         """Take out what must be told and has not been read yet."""
@@ -130,6 +139,7 @@ class Reader:
 
     def close(self) -> None:
         """Leave; idempotent."""
+        self._idle.set()
         self._leave(self)
 
     def _next(self) -> StreamEvent:

@@ -18,7 +18,7 @@ import structlog
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL: Final = "http/protobuf"
-FLUSH_S: Final = 1.5
+FLUSH_S: Final = 0.5
 """Real seconds that the end of tracing takes at most; spans that are not sent by then are lost."""
 
 Kind = Literal["internal", "server", "client"]

@@ -218,6 +218,14 @@ def moment_of(at: int) -> str:
     return datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def document_of(root: Path, series: Series, at: int) -> Path:
+    """Where the document of a period lies."""
+    day, _, moment = moment_of(at).partition(" ")
+    suffix = "" if series.interval == "5m" else f"_{series.interval}"
+    name = f"{day.replace('-', '')}{moment.replace(':', '')}{suffix}.json"
+    return root / "raw_data" / series.exchange / series.coin / day.replace("-", "/") / name
+
+
 # -- what subscribers were told -------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from tests.drills.checker import (
     Truth,
     check_subscriber,
     compare,
+    document_of,
     gaps_told,
     moment_of,
     read_recording,
@@ -376,13 +377,6 @@ def not_found_twice(
     if any("told twice" in problem or "told late after" in problem for problem in found):
         return []
     return [f"{last.series}: a candle that was told twice was not found"]
-
-
-def document_of(root: Path, series: Series, at: int) -> Path:
-    day, _, moment = moment_of(at).partition(" ")
-    suffix = "" if series.interval == "5m" else f"_{series.interval}"
-    name = f"{day.replace('-', '')}{moment.replace(':', '')}{suffix}.json"
-    return root / "raw_data" / series.exchange / series.coin / day.replace("-", "/") / name
 
 
 def change(path: Path, **values: Any) -> None:

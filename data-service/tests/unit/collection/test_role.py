@@ -21,6 +21,8 @@ class World:
         self.clock = ManualClock()
         self.steps: list[str] = []
         self.fail_begin: StorageError | None = None
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.role = CollectorRole(
             self.storage.collector_lock(),
             self.clock,
@@ -34,6 +36,7 @@ class World:
         self.steps.append("prepare")
 
     async def begin(self) -> None:
+        await self.answers.wait()
         if self.fail_begin is not None:
             raise self.fail_begin
         self.steps.append("begin")
@@ -144,6 +147,19 @@ async def test_beginning_is_tried_until_it_succeeds(world: World) -> None:
         # Another, which can, is not kept from it.
         assert world.storage.collector is None
         world.fail_begin = None
+        await world.later()
+        assert world.role.collecting
+    assert world.steps == ["prepare", "begin"]
+
+
+async def test_a_first_try_that_takes_too_long_is_given_up_and_tried_again(world: World) -> None:
+    world.answers.clear()
+    with pytest.raises(StorageUnavailable, match=r"took longer than 0\.01 s"):
+        await world.role.start(within_s=0.01)
+    assert not world.role.collecting
+    assert world.role.trouble == "what collecting begins with took longer than 0.01 s"
+    world.answers.set()
+    async with world.running():
         await world.later()
         assert world.role.collecting
     assert world.steps == ["prepare", "begin"]
