@@ -172,7 +172,7 @@ def _tracer(environment: Mapping[str, str]) -> ITracer | None:
         log.warning(
             "not_tracing",
             reason="an endpoint is set, and the extra is missing: "
-            "pip install 'cb-trade-data-service[otel]'",
+            "pip install '.[otel]'",
             error=str(exc),
         )
         return None
