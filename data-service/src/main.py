@@ -116,7 +116,7 @@ async def _assembled(
         identity = CollectorIdentity(spool_folder(settings, raw_storage))
         stack.callback(identity.release)
         lock = raw_storage.collector_lock(identity=await identity.claim())
-        stack.push_async_callback(end, "the collector's lock", lock.release)
+        stack.push_async_callback(end.if_all_ended, "the collector's lock", lock.release)
         sealed = SealedCandleStore(CandleTable.from_settings(settings), clock)
         stack.push_async_callback(end, "the table of candles", sealed.close)
         sealer = CandleSealer(
@@ -307,6 +307,7 @@ class _Endings:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._until: float | None = None
+        self._left_behind = False
 
     async def __call__(self, name: str, end: Callable[[], Awaitable[object]]) -> None:
         if self._until is None:
@@ -316,7 +317,16 @@ class _Endings:
             async with asyncio.timeout_at(self._until):
                 await end()
         except TimeoutError:
+            self._left_behind = True
             log.warning("part_left_behind", part=name)
+
+    async def if_all_ended(self, name: str, end: Callable[[], Awaitable[object]]) -> None:
+        """End what must outlive every other part: a write that still hangs in a thread must not
+        land when another process collects already. The end of this process ends it all the same."""
+        if self._left_behind:
+            log.warning("part_left_behind", part=name)
+        else:
+            await self(name, end)
 
 
 @asynccontextmanager
