@@ -171,8 +171,7 @@ def _tracer(environment: Mapping[str, str]) -> ITracer | None:
     except ImportError as exc:
         log.warning(
             "not_tracing",
-            reason="an endpoint is set, and the extra is missing: "
-            "pip install '.[otel]'",
+            reason="an endpoint is set, and the extra is missing: pip install '.[otel]'",
             error=str(exc),
         )
         return None

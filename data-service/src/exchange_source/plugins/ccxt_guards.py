@@ -95,6 +95,10 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         """The message hashes of the watches that ``message`` has news for; none if unknown."""
         return []
 
+    def socket_address(self, url: str) -> str:
+        """Where the socket is that a watch at ``url`` goes through."""
+        return url
+
     def take(self, client: Any, message: Any) -> None:
         """Let ccxt take in a message; a subclass does in its place what ccxt leaves out of the
         protocol, or takes too long for."""
@@ -183,6 +187,7 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         subscribe_hash: str | None = None,
         subscription: Any = None,
     ) -> Any:
+        url = self.socket_address(url)
         self._forget_rejections(url, [message_hash])
         future = super().watch(url, message_hash, message, subscribe_hash, subscription)
         self._note(url, [subscribe_hash] if subscribe_hash else [])
@@ -196,6 +201,7 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         subscribe_hashes: list[str] | None = None,
         subscription: Any = None,
     ) -> Any:
+        url = self.socket_address(url)
         self._forget_rejections(url, message_hashes)
         future = super().watch_multiple(
             url, message_hashes, message, subscribe_hashes, subscription

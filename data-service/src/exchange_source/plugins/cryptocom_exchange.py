@@ -27,35 +27,13 @@ class CryptocomGuards(VendorGuards):
     most_subscriptions: ClassVar[int] = 400
     """Of one socket, as the exchange documents them."""
 
-    def watch(
-        self,
-        url: str,
-        message_hash: str,
-        message: Any = None,
-        subscribe_hash: str | None = None,
-        subscription: Any = None,
-    ) -> Any:
-        return super().watch(self._roomy(url), message_hash, message, subscribe_hash, subscription)
-
-    def watch_multiple(
-        self,
-        url: str,
-        message_hashes: list[str],
-        message: Any = None,
-        subscribe_hashes: list[str] | None = None,
-        subscription: Any = None,
-    ) -> Any:
-        return super().watch_multiple(
-            self._roomy(url), message_hashes, message, subscribe_hashes, subscription
-        )
-
-    def _roomy(self, url: str) -> str:
-        """The address of the first socket with room for one more, or of the one that this topic has
-        already: ccxt knows sockets by their addresses, and a fragment of one is never sent."""
+    def socket_address(self, url: str) -> str:
+        """The first socket with room for one more, or the one that this topic has already: ccxt
+        knows sockets by their addresses, and a fragment of one is never sent."""
         subscriber = SUBSCRIBER.get()
         if subscriber is not None and subscriber.socket is not None:
-            address: str = subscriber.socket.url
-            return address
+            held: str = subscriber.socket.url
+            return held
         addresses = itertools.chain([url], (f"{url}#{number}" for number in itertools.count(2)))
         return next(address for address in addresses if self._has_room(address))
 
