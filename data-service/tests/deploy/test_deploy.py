@@ -20,7 +20,10 @@ from tests.support.processes import completed, market_clock, stack
 
 SCRIPT = Path(__file__).parents[3] / "deploy/deploy.py"
 NOON = 1_763_985_600_000  # 2025-11-24T12:00:00Z
-OLD, NEW = (f"registry.example/service@sha256:{digit * 64}" for digit in "ab")
+OLD, NEW, OLDER = (f"registry.example/service@sha256:{digit * 64}" for digit in "abd")
+TLS, NEW_TLS = (f"caddy@sha256:{digit * 64}" for digit in "ec")
+# {"alg": "HS256"} and {"exp": 1}: of 1970.
+ISSUED = "eyJhbGciOiAiSFMyNTYifQ.eyJleHAiOiAxfQ.c2lnbmVk"
 SECRET = 'a secret: with "quotes" # and all'
 
 # Keeps what was asked, and the file that was passed, which is gone afterwards.
@@ -35,6 +38,8 @@ elif sys.argv[1:3] == ["container", "create"]:
     (here / f"create-{{number}}.yaml").write_text(text)
     if str(number) in os.environ.get("AZ_FAILS", ""):
         sys.exit("the quota is used up")
+elif sys.argv[1:3] == ["container", "delete"]:
+    (here / "deleted").touch()
 else:
     sys.exit(f"unexpected: {{sys.argv}}")
 """
@@ -50,18 +55,19 @@ class World:
         self.silent: set[str] = set()
         self.targets = True
         self.still: str | None = None
+        self.cuts_answers = False
         self._candle = 0
         stub = folder / "az"
         stub.write_text(AZ.format(python=sys.executable))
         stub.chmod(0o755)
         self.deployed(OLD, "old")
 
-    def deployed(self, image: str | None, revision: str = "") -> None:
+    def deployed(self, image: str | None, revision: str = "", **tags: str) -> None:
         groups = [
             {
                 "name": "group",
-                "tags": {"revision": revision},
-                "containers": [{"name": "service", "image": image}, {"name": "tls", "image": "-"}],
+                "tags": {"revision": revision, **tags},
+                "containers": [{"name": "service", "image": image}, {"name": "tls", "image": TLS}],
             }
         ]
         (self.folder / "list.json").write_text(json.dumps(groups if image else []))
@@ -98,7 +104,7 @@ class World:
             "CONTAINER_GROUP": "group",
             "IMAGE": NEW,
             "REVISION": "new",
-            "CADDY_IMAGE": f"caddy@sha256:{'c' * 64}",
+            "CADDY_IMAGE": NEW_TLS,
             "AUTH_SECRET": SECRET,
             "CHECK_TOKEN": "token",
             "CHECK_URL": self.url,
@@ -130,6 +136,8 @@ def world(tmp_path: Path) -> Iterator[World]:
         def do_GET(self) -> None:
             status, body = made.answer(self.path)
             self.send_response(status)
+            if made.cuts_answers and made.created():
+                self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(json.dumps(body).encode())
 
@@ -156,6 +164,8 @@ def test_a_ready_revision_that_gains_a_candle_stays(world: World) -> None:
     environment = {item["name"]: item for item in service["properties"]["environmentVariables"]}
     assert environment["AUTH_SECRET"] == {"name": "AUTH_SECRET", "secureValue": SECRET}
     assert SECRET not in done.stdout + done.stderr
+    told = {name: world.created()[0]["tags"][f"fallback-{name}"] for name in ("image", "revision")}
+    assert told == {"image": OLD, "revision": "old"}
 
 
 def test_a_revision_that_never_gets_ready_is_replaced_by_the_previous_digest(world: World) -> None:
@@ -163,6 +173,41 @@ def test_a_revision_that_never_gets_ready_is_replaced_by_the_previous_digest(wor
     done = world.run()
     assert (done.returncode, world.images()) == (1, [NEW, OLD])
     assert "revision new is ready did not happen" in done.stdout
+    assert f"{OLD} runs again" in done.stderr
+    # All of it goes back, not the service alone.
+    tls = [group["properties"]["containers"][1]["properties"]["image"] for group in world.created()]
+    assert tls == [NEW_TLS, TLS]
+
+
+def test_what_is_not_ready_itself_is_nothing_to_go_back_to(world: World) -> None:
+    older = {"fallback-image": OLDER, "fallback-revision": "older", "fallback-tls-image": TLS}
+    world.deployed(OLD, "old", **older)
+    world.never_ready = {"old", "new"}
+    done = world.run()
+    assert (done.returncode, world.images()) == (1, [NEW, OLDER])
+    assert f"{OLDER} runs again" in done.stderr
+
+
+def test_the_same_image_once_more_is_nothing_to_go_back_to(world: World) -> None:
+    world.deployed(NEW, "new")
+    world.silent = {"new"}
+    done = world.run()
+    assert (done.returncode, world.images()) == (1, [NEW])
+    assert "no previous image" in done.stderr
+
+
+def test_an_answer_that_is_cut_is_no_answer(world: World) -> None:
+    world.cuts_answers = True
+    done = world.run()
+    assert (done.returncode, world.images()) == (1, [NEW, OLD])
+    assert "revision new is ready did not happen" in done.stdout
+
+
+def test_a_group_that_takes_no_update_is_made_anew(world: World) -> None:
+    world.never_ready = {"new"}
+    done = world.run(AZ_FAILS="1")
+    assert (done.returncode, world.images()) == (1, [NEW, OLD, OLD])
+    assert (world.folder / "deleted").exists()
     assert f"{OLD} runs again" in done.stderr
 
 
@@ -186,7 +231,7 @@ def test_an_image_that_azure_refuses_is_replaced(world: World) -> None:
 
 
 def test_a_rollback_that_fails_says_so(world: World) -> None:
-    done = world.run(AZ_FAILS="0,1")
+    done = world.run(AZ_FAILS="0,1,2")
     assert done.returncode == 1
     assert "runs again" not in done.stderr
     assert "the quota is used up" in done.stderr
@@ -231,6 +276,7 @@ async def test_a_real_service_is_found_ready_and_gains_a_candle(tmp_path: Path) 
         ("IMAGE", "registry.example/service:latest", "IMAGE must be name@sha256:digest"),
         ("AUTH_SECRET", "", "not set: AUTH_SECRET"),
         ("CHECK_URL", "http://example.org", "CHECK_URL must be https"),
+        ("CHECK_TOKEN", ISSUED, "CHECK_TOKEN has run out"),
     ],
 )
 def test_nothing_is_deployed_from_wrong_settings(
