@@ -9,13 +9,15 @@ FROM ${PYTHON_IMAGE} AS build
 # For networks with a certificate authority of their own: a bundle that is mounted while it builds.
 ARG PIP_CERT
 ARG SSL_CERT_FILE
+ENV PYC_INVALIDATION_MODE=UNCHECKED_HASH
 WORKDIR /build
 COPY requirements-bootstrap.lock requirements.lock ./
 RUN python -m venv /bootstrap \
     && /bootstrap/bin/pip install --no-cache-dir --require-hashes -r requirements-bootstrap.lock \
     && python -m venv --without-pip /app
 # The lock holds the extra otel: traces take an endpoint in the environment and no other image.
-# Bytecode is compiled here: the file system of the running container may be read-only. The libraries'
+# Bytecode is compiled here: the file system of the running container may be read-only. It is never
+# compared with its source, whose time an image's layers round to another second. The libraries'
 # own tests are a tenth of them, and nothing imports them.
 RUN VIRTUAL_ENV=/app /bootstrap/bin/uv pip install --no-cache --require-hashes --compile-bytecode \
         -r requirements.lock \
@@ -28,9 +30,10 @@ RUN /bootstrap/bin/uv build --wheel --no-build-isolation --python /bootstrap/bin
         /wheels/*.whl
 
 FROM ${PYTHON_IMAGE}
-# The base brings a pip, which nothing here uses.
+# The base brings a pip, which nothing here uses, and its standard library without bytecode.
 RUN rm -rf /usr/local/lib/python3.11/site-packages/* /usr/local/lib/python3.11/ensurepip \
         /usr/local/bin/pip* /usr/local/bin/wheel \
+    && python -m compileall -q -j 0 --invalidation-mode unchecked-hash "$(python -c 'import os; print(os.path.dirname(os.__file__))')" \
     && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin service \
     && install --directory --owner 10001 --group 10001 /data
 COPY --from=build /app /app

@@ -99,7 +99,7 @@ format: setup ## Format the code and mend what the linter can
 	@$(BIN)/ruff format data-service deploy
 	@$(BIN)/ruff check --fix data-service deploy
 
-image: setup ## Build the image, start it and prove that it works: size, health, a coin, SIGTERM (3 minutes)
+image: ## Build the image, start it and prove that it works: size, health, a coin, SIGTERM (3 minutes)
 	@deploy/verify_image.sh
 
 # Python's packages only: the base's own are renewed with the digest that names it. Strict, or a scan that
@@ -107,7 +107,7 @@ image: setup ## Build the image, start it and prove that it works: size, health,
 scan: setup ## Look for known vulnerabilities in the packages of an image: make scan IMAGE=name
 	@test -n "$(IMAGE)" || { echo "make: name the image: make scan IMAGE=name" >&2; exit 1; }
 	@folder=$$(mktemp -d) && container=$$(docker create "$(IMAGE)") && \
-		trap 'docker rm "$$container" >/dev/null; rm -rf "$$folder"' EXIT && \
+		trap 'docker rm --volumes "$$container" >/dev/null; rm -rf "$$folder"' EXIT && \
 		docker cp --quiet "$$container:/app/lib/python3.11/site-packages" "$$folder" && \
 		rm -r "$$folder"/site-packages/cb_trade_data_service-* && \
 		$(BIN)/pip-audit --strict --progress-spinner off --path "$$folder/site-packages"

@@ -23,11 +23,16 @@ BUILDAH=(buildah --storage-driver overlay --root "$WORK/storage" --runroot "$WOR
 say() { echo "== $* (${SECONDS} s)"; }
 
 clean() {
+    # What the service wrote belongs to its user, whom only the engine or root can be.
+    if [[ $ENGINE == docker && -d $WORK/data ]]; then
+        docker run --rm --user 0 --volume "$WORK/data:/data" --entrypoint sh "$NAME" \
+            -c 'rm -rf /data/* /data/.[!.]*' || true
+    fi
     if [[ $ENGINE == buildah ]]; then
         "${BUILDAH[@]}" rm --all >/dev/null 2>&1 || true
         "${BUILDAH[@]}" rmi --all --force >/dev/null 2>&1 || true
     fi
-    rm -rf --one-file-system "$WORK"
+    rm -rf --one-file-system "$WORK" || true
 }
 
 install_tools() {
@@ -81,7 +86,7 @@ with_buildah() {
 
 with_docker() {
     local name folder container
-    say "building on $PYTHON_IMAGE"
+    say "building on $PYTHON_IMAGE; ENGINE=buildah takes a base of Debian's"
     docker build --build-arg "PYTHON_IMAGE=$PYTHON_IMAGE" --build-arg "REVISION=$REVISION" \
         --tag "$NAME" .
     docker image inspect "$NAME" >"$WORK/image.json"
@@ -90,13 +95,14 @@ with_docker() {
         mkdir "$WORK/$folder"
         container=$(docker create "$name")
         docker export "$container" | tar -x -C "$WORK/$folder" --exclude='dev/*'
-        docker rm "$container" >/dev/null
+        docker rm --volumes "$container" >/dev/null
     done
     ROOT=$WORK/root
 }
 
 ENGINE=${ENGINE:-$(docker info >/dev/null 2>&1 && echo docker || echo buildah)}
 trap clean EXIT
+make --no-print-directory setup
 "with_$ENGINE"
 say "checking"
 .venv/bin/python deploy/check_image.py --engine "$ENGINE" --name "$NAME" --revision "$REVISION" \

@@ -15,7 +15,9 @@ import yaml
 ROOT = Path(__file__).parents[3]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 # What GitHub's runners bring: they are not ours to define.
-BROUGHT = {"sudo", "python3", "$CONDA/bin/conda", "[["}
+BROUGHT = {"sudo", "python3", "$CONDA/bin/conda", "[[", "git", "echo"}
+# What a conda environment brings, or the project installs into it.
+IN_CONDA = {"pip", "python", "cb-trade-data"}
 
 
 def jobs(path: Path) -> dict[str, dict[str, Any]]:
@@ -31,6 +33,8 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
 def missing(command: list[str], targets: set[str]) -> list[str]:
     """What a command names and the repository does not have."""
     first, *rest = command
+    if rest[:2] == ["run", "--name"]:
+        return [name for name in rest[3:4] if name not in IN_CONDA]
     if first == "make":
         return [word for word in rest if "=" not in word and word not in targets]
     files = [word for word in rest if re.fullmatch(r"[\w./-]+\.(py|sh|yml|lock)", word)]
