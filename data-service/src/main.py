@@ -114,7 +114,11 @@ async def _assembled(
         note_wait(f"the spool below {settings.state_dir}")
         await spool.open()
         identity = CollectorIdentity(spool_folder(settings, raw_storage))
-        stack.callback(identity.release)
+
+        async def release_identity() -> None:
+            identity.release()
+
+        stack.push_async_callback(end.if_all_ended, "the collector's identity", release_identity)
         lock = raw_storage.collector_lock(identity=await identity.claim())
         stack.push_async_callback(end.if_all_ended, "the collector's lock", lock.release)
         sealed = SealedCandleStore(CandleTable.from_settings(settings), clock)

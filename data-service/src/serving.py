@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from typing import Final
@@ -48,6 +49,7 @@ MESSAGE_BYTES: Final = 64 * 1024
 # Agents pause for longer than the server's own five seconds, and would find it closed.
 KEEP_ALIVE_S: Final = 75
 NOT_STARTED: Final = 3
+CRASHED: Final = 1
 
 log = structlog.get_logger(__name__)
 
@@ -95,6 +97,7 @@ class Server(uvicorn.Server):
         self._in_json = settings.log_format == "json"
         self._alarm = alarm
         self._lifespan = AsyncExitStack()
+        self._stop_by: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._patience: asyncio.Timeout | None = None
 
@@ -121,6 +124,11 @@ class Server(uvicorn.Server):
                 await super().serve(sockets)
             if self.started:
                 log.info("stopped")
+        except BaseException:
+            # Told here: threads may hang before the interpreter comes to do it.
+            self.exit_code = self.exit_code or CRASHED
+            log.critical("process_crashed", exc_info=True)
+            raise
         finally:
             self._alarm.set(
                 THREADS_S,
@@ -143,6 +151,7 @@ class Server(uvicorn.Server):
             self._announce(f"http://{host}:{port}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.stopping = True
         async with self._lifespan, Doorman(self._listener, "stopping", revision=self._revision):
             for server in self.servers:
                 server.close()
@@ -188,12 +197,19 @@ class Server(uvicorn.Server):
         self.exit_code = NOT_STARTED
 
     def _limit_stop(self) -> None:
+        """Bound the stop, from the moment when it was first asked for."""
+        now = time.monotonic()
+        if self._stop_by is None:
+            self._stop_by = now + STOP_S
         self._alarm.set(
-            STOP_S, code=1, why=f"stopping took longer than {STOP_S:g} s; what hangs is cut off"
+            # A timer of zero would be none.
+            max(self._stop_by - now, 0.001),
+            code=CRASHED,
+            why=f"stopping took longer than {STOP_S:g} s; what hangs is cut off",
         )
 
     def _give_up_start(self) -> None:
-        if self._patience is not None:
+        if self._patience is not None and not self._patience.expired():
             self._patience.reschedule(asyncio.get_running_loop().time())
 
 

@@ -9,9 +9,10 @@ import atexit
 import json
 import os
 import signal
-import sys
 from types import FrameType
-from typing import NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
+
+_STDERR: Final = 2
 
 
 class IStoppable(Protocol):
@@ -46,9 +47,13 @@ class Alarm:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _ring(self, *_: object) -> NoReturn:
-        # Not by the log, which whoever was interrupted may hold.
-        os.write(sys.stderr.fileno(), f"{self._line}\n".encode())
-        os._exit(self._code)
+        # Not by the log, which whoever was interrupted may hold; and whatever reads it may be gone,
+        # or stand still.
+        try:
+            os.set_blocking(_STDERR, False)
+            os.write(_STDERR, f"{self._line}\n".encode())
+        finally:
+            os._exit(self._code)
 
     def _told(self, why: str) -> str:
         if self._as_json:

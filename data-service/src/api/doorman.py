@@ -44,10 +44,12 @@ class Doorman:
         self._answering: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        # One of its own: an event loop watches each for one reader only.
-        self._door = self._listener.dup()
-        self._door.settimeout(0)
-        self._watch()
+        # One of its own: an event loop watches each for one reader only. Where no descriptor is
+        # left for it nobody answers, which is no reason to leave out what is done meanwhile.
+        with suppress(OSError):
+            self._door = self._listener.dup()
+            self._door.settimeout(0)
+            self._watch()
         return self
 
     async def __aexit__(

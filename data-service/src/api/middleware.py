@@ -212,6 +212,8 @@ class CrashMiddleware:
         try:
             await self._app(scope, receive, send_and_watch)
         except asyncio.CancelledError:
+            if not getattr(scope["app"].state, "stopping", False):
+                raise
             if not started:
                 await problem_response(not_serving("stopping"))(scope, receive, send)
         except Exception as exc:  # noqa: BLE001  this is the outermost handler

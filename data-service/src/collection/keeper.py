@@ -186,9 +186,11 @@ class SeriesKeeper:
                     failures += 1
                 continue
             if is_last:
-                return
+                break
             await self._clock.sleep_real(SHORTEST_REAL_PAUSE_S)
             await self._clock.sleep_until(self._clock.now_ms() + FIRST_POLL_MS)
+        # What is stored is not always told yet: its ledger is written in between.
+        await self._hub.advance(self.series)
 
     # -- the tasks --------------------------------------------------------------------------
 

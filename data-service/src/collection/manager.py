@@ -133,6 +133,8 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
 
     async def resume(self) -> None:
         """Start to keep every enabled target of an exchange that is enabled."""
+        if self._finishing:
+            return
         targets = await self._collection.load()
         self._standing_by = False
         for target in targets:
@@ -222,6 +224,7 @@ class DataCollectionManagerImpl(IDataCollectionManager, ISeriesDirectory):
             if since is not None and since > now:
                 raise InvalidRequest(f"since {since} lies in the future; the time is {now} now")
             selected = await self._select(coin, exchange)
+            self._refuse_who_comes_in_vain()
             self._check_offered(selected.exchange, interval)
             client = self._connector.get_client(selected.exchange)
             target = Target(

@@ -217,6 +217,7 @@ class Feed(ABC):
         vendor = self._source.vendor
         if socket is None or vendor.clients.get(socket.url) is not socket or not socket.isConnected:
             return
+        heard = socket.frames
         try:
             async with asyncio.timeout(_UNSUBSCRIBE_TIMEOUT_S):
                 await self._unwatch()
@@ -224,6 +225,10 @@ class Feed(ABC):
             # Whether it still sends or not: the next watch of the topic subscribes afresh.
             for noted in self._subscriber.hashes:
                 socket.subscriptions.pop(noted, None)
+            if socket.frames == heard:
+                # Of several sockets one may be mute while the others keep the exchange heard.
+                name = self._source.get_exchange_name()
+                vendor.fail_socket(socket, ExchangeUnavailable(f"{name}: a connection is mute"))
 
     def end_streams(self, error: BaseException | None) -> None:
         """Let every stream go, with ``error`` if that is why."""

@@ -176,6 +176,7 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         socket = super().client(url)
         if not hasattr(socket, "dialling"):
             socket.dialling = None
+            socket.frames = 0
             self._guard(socket)
         return socket
 
@@ -269,6 +270,7 @@ class VendorGuards(_Vendor):  # type: ignore[misc]  # mixed into a class of an u
         def handle_message(frame: Any) -> None:
             if socket.error is not None:
                 return
+            socket.frames += 1
             try:
                 receive(frame)
             except Exception as exc:  # noqa: BLE001  outermost: what passes here ends the receiving

@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final
 
+import structlog
+
 from storage.implementations.disk import Disk
 from storage.interfaces import ICollectorLock
 from storage.path_utility import SERVICE_FOLDER
@@ -18,6 +20,8 @@ COLLECTOR_LOCK: Final = f"{SERVICE_FOLDER}/collector.lock"
 _NAME: Final = "collector.lock"
 _RENEW_EVERY_S: Final = 2.0
 _MOST_BYTES: Final = 200
+
+log = structlog.get_logger(__name__)
 
 Take = Callable[[Callable[[], None]], bool]
 """Takes the lock unless the function it is given raises, because nobody waits for it any more."""
@@ -30,12 +34,20 @@ class FileCollectorLock(ICollectorLock):
     another can lock the new one. What the file says is for people, and names the last holder
     also after that one is gone.
 
-    ``run`` does blocking work in a thread.
+    ``run`` does blocking work in a thread. While ``at_rest`` denies it, something is still being
+    written that may land at any time: then the lock is not released before the process is gone.
     """
 
-    def __init__(self, disk: Disk, run: Callable[[Take], Awaitable[bool]]) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        run: Callable[[Take], Awaitable[bool]],
+        *,
+        at_rest: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._disk = disk
         self._run = run
+        self._at_rest = at_rest
         self._turn = asyncio.Lock()
         # The event loop asks whether it is held while a thread renews it.
         self._guard = threading.Lock()
@@ -48,7 +60,10 @@ class FileCollectorLock(ICollectorLock):
 
     async def release(self) -> None:
         async with self._turn:
-            self._drop()
+            if self._at_rest():
+                self._drop()
+            else:
+                log.warning("lock_kept_to_the_end", reason="a write still stands in the disk")
 
     @property
     def is_held(self) -> bool:

@@ -8,7 +8,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import date, timedelta
 from pathlib import Path
@@ -134,6 +134,8 @@ class LocalFileStorage(IRawDataStorage):
         self._timeout_s = timeout_s
         self._disk = disk or Disk(root)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="storage")
+        # Also what nobody waits for any more, while it stands in a disk that does not answer.
+        self._unfinished: set[Future[Any]] = set()
         self._closed = False
         self._unreadable: set[str] = set()
         self._log = structlog.get_logger(__name__)
@@ -389,6 +391,7 @@ class LocalFileStorage(IRawDataStorage):
         return FileCollectorLock(
             self._disk,
             lambda take: self._run(lambda work: take(work.check), COLLECTOR_LOCK),
+            at_rest=lambda: not self._unfinished,
         )
 
     async def close(self) -> None:
@@ -412,6 +415,8 @@ class LocalFileStorage(IRawDataStorage):
 
         try:
             job = self._threads.submit(context.run, visit)
+            self._unfinished.add(job)
+            job.add_done_callback(self._unfinished.discard)
         except RuntimeError as exc:
             raise StorageUnavailable(f"{self._root}: the storage is closed") from exc
         answer = asyncio.wrap_future(job)

@@ -163,3 +163,12 @@ async def test_nobody_is_lost_when_the_server_takes_over_or_leaves(
         async with Doorman(listener, "stopping", revision=None):
             await hear_more()
     assert set(answers) == {200, 503}
+
+
+async def test_nobody_answers_where_no_descriptor_is_left_and_nothing_else_is_left_out() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        pass
+    done = False
+    async with Doorman(closed, "stopping", revision=None):
+        done = True
+    assert done

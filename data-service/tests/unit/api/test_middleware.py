@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from structlog.testing import capture_logs
 
 from api.middleware import CrashMiddleware
 
-HTTP: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+
+def http(*, stopping: bool) -> Scope:
+    app = SimpleNamespace(state=SimpleNamespace(stopping=stopping))
+    return {"type": "http", "method": "GET", "path": "/", "headers": [], "app": app}
 
 
 def never_ending(*first: Message) -> tuple[Callable[..., Any], asyncio.Event]:
@@ -49,7 +53,7 @@ async def cancelled(scope: Scope, *first: Message) -> list[Message]:
 
 
 async def test_who_has_no_answer_yet_is_told_when_to_ask_again() -> None:
-    start, body = await cancelled(HTTP)
+    start, body = await cancelled(http(stopping=True))
     assert start["status"] == 503
     assert (b"retry-after", b"5") in start["headers"]
     assert b'"code":"storage_unavailable"' in body["body"]
@@ -57,7 +61,12 @@ async def test_who_has_no_answer_yet_is_told_when_to_ask_again() -> None:
 
 async def test_an_answer_that_has_begun_is_left_as_it_is() -> None:
     begun = {"type": "http.response.start", "status": 200, "headers": []}
-    assert await cancelled(HTTP, begun) == [begun]
+    assert await cancelled(http(stopping=True), begun) == [begun]
+
+
+async def test_a_request_that_another_cancels_while_all_goes_on_is_cancelled() -> None:
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled(http(stopping=False))
 
 
 async def test_a_websocket_ends_without_a_word() -> None:

@@ -68,6 +68,40 @@ async def test_what_has_closed_is_stored_with_its_book_and_told() -> None:
         await asyncio.wait([listening])
 
 
+async def test_what_is_stored_is_told_though_its_ledger_is_still_being_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with just_closed(published_at=CLOSE) as world:
+        told: list[StreamEvent] = []
+
+        async def listen() -> None:
+            async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
+                async for event in events:
+                    told.append(event)  # noqa: PERF401  what was told so far counts
+
+        listening = asyncio.create_task(listen())
+        await settle_loop()
+        # The disk holds the ledger up, and with it all that comes after it.
+        let_go, write = asyncio.Event(), world.raw.write_blob
+
+        async def hold(path: str, content: bytes) -> None:
+            if await world.stored() == world.wanted(CLOSE):
+                await let_go.wait()
+            await write(path, content)
+
+        monkeypatch.setattr(world.raw, "write_blob", hold)
+        await world.pass_time(15_000)
+        assert await world.stored() == world.wanted(CLOSE)
+        await world.manager.finish()
+        await world.hub.until_read()
+        assert [event.entry.timestamp for event in told if isinstance(event, ClosedCandle)] == [
+            PERIOD
+        ]
+        let_go.set()
+        listening.cancel()
+        await asyncio.wait([listening])
+
+
 async def test_intake_ends_and_no_later_period_is_begun() -> None:
     async with just_closed(published_at=CLOSE) as world:
         finishing = asyncio.create_task(world.manager.finish())

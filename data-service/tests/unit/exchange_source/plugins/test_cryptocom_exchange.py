@@ -33,6 +33,7 @@ from exchange_source.interfaces import (
     Priority,
 )
 from exchange_source.limiter import RequestLimiter
+from exchange_source.plugins import ccxt_feeds
 from exchange_source.plugins.cryptocom_exchange import CryptocomExchange, CryptocomGuards
 from tests.contract.ccxt_plugin_contract import CcxtPluginContract
 from tests.support.clock import ManualClock
@@ -789,6 +790,27 @@ class TestCandleStream:
         told = replace(candle(0), timestamp=Interval.parse("5m").floor(OPEN))
         await server.send_candles(BTC, "5m", told)
         assert await kept.next() == told
+
+    async def test_a_socket_that_is_mute_beside_others_is_broken_when_it_confirms_nothing(
+        self,
+        exchange: CryptocomExchange,
+        server: CryptoComServer,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(CryptocomGuards, "most_subscriptions", 2)
+        monkeypatch.setattr(ccxt_feeds, "_UNSUBSCRIBE_TIMEOUT_S", 0.05)
+        kept = [await Live().start(exchange, server, interval=name) for name in ("1m", "5m")]
+        stopped = await Live().start(exchange, server, interval="15m")
+        mute = await Live().start(exchange, server, interval="30m")
+        told = replace(candle(0), timestamp=Interval.parse("30m").floor(OPEN))
+        await server.send_candles(BTC, "30m", told)
+        assert await mute.next() == told
+        server.acknowledge = False
+        await stopped.handle.stop()
+        with pytest.raises(ExchangeUnavailable, match="a connection is mute"):
+            await ended(mute.handle)
+        await server.send_candles(BTC, "1m", candle(0))
+        assert await kept[0].next() == candle(0)
 
     async def test_a_stream_may_be_stopped_from_its_own_callback(
         self, exchange: CryptocomExchange, server: CryptoComServer

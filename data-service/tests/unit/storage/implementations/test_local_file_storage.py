@@ -1287,6 +1287,23 @@ async def test_a_disk_that_hangs_does_not_keep_the_storage_from_closing(tmp_path
     assert documents(tmp_path) == []
 
 
+async def test_the_lock_is_not_released_while_a_write_may_still_land(tmp_path: Path) -> None:
+    disk = HangingDisk(tmp_path)
+    storage = LocalFileStorage(tmp_path, disk=disk, timeout_s=0.05)
+    lock, other = storage.collector_lock(), LocalFileStorage(tmp_path).collector_lock()
+    assert await lock.acquire()
+    with pytest.raises(StorageUnavailable, match="not answered"):
+        await storage.save_entry("crypto.com", "BTC", NOON, {})
+    await lock.release()
+    assert lock.is_held
+    assert not await other.acquire()
+    disk.go.set()
+    storage._threads.shutdown(wait=True)
+    await lock.release()
+    assert await other.acquire()
+    await other.release()
+
+
 async def test_a_closed_storage_says_so(tmp_path: Path) -> None:
     storage = LocalFileStorage(tmp_path)
     await storage.close()
