@@ -299,6 +299,8 @@ async def test_the_worst_stop_is_as_long_as_its_bounds(tmp_path: Path) -> None:
     lines = program.lines()
     (cut,) = [line for line in lines if "[error" in line]
     assert "Cancel 2 running task(s)" in cut
+    # What has closed was waited for, as long as there was time.
+    assert any("stopped_before_all_was_settled" in line for line in lines)
     # The write may still land: until this process is gone nobody else collects.
     assert any("part_left_behind" in line and "the collector's lock" in line for line in lines)
 
