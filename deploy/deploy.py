@@ -129,7 +129,7 @@ def running(values: Mapping[str, str]) -> Deployed | None:
     return None
 
 
-def good_one(
+def fallback_for(
     values: Mapping[str, str], deployed: Deployed | None, wanted: Release
 ) -> Release | None:
     """What to go back to: what runs now if it is ready, else what that would have gone back to."""
@@ -255,7 +255,7 @@ def go_back(values: Mapping[str, str], release: Release, environ: Mapping[str, s
 def deploy(environ: Mapping[str, str]) -> None:
     values = settings(environ)
     release = Release(values["IMAGE"], values["REVISION"], values["CADDY_IMAGE"])
-    fallback = good_one(values, running(values), release)
+    fallback = fallback_for(values, running(values), release)
     say(f"deploying {release.image}; to go back to: {fallback.image if fallback else 'nothing'}")
     try:
         create(values, release, fallback)

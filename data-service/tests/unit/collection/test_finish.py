@@ -10,6 +10,7 @@ import pytest
 
 from collection.interfaces import Channel, ClosedCandle, StreamEvent
 from collection.keeper import CLOSE_GRACE_MS, FIRST_POLL_MS
+from domain.entry import Entry
 from exchange_source.interfaces import ExchangeUnavailable
 from storage.interfaces import NotTheCollector, StorageUnavailable
 from tests.support.clock import settle_loop
@@ -37,6 +38,24 @@ async def just_closed(*, published_at: int) -> AsyncIterator[Collecting]:
         yield world
 
 
+async def subscribed(world: Collecting) -> tuple[list[StreamEvent], asyncio.Task[None]]:
+    """What a subscriber of BTC is told from now on, and the task that listens."""
+    told: list[StreamEvent] = []
+
+    async def listen() -> None:
+        async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
+            async for event in events:
+                told.append(event)  # noqa: PERF401  what was told so far counts
+
+    listening = asyncio.create_task(listen())
+    await settle_loop()
+    return told, listening
+
+
+def closed_of(told: list[StreamEvent]) -> list[Entry]:
+    return [event.entry for event in told if isinstance(event, ClosedCandle)]
+
+
 async def given_up(work: asyncio.Task[None]) -> None:
     """End a stop whose time is over."""
     assert not work.done()
@@ -46,15 +65,7 @@ async def given_up(work: asyncio.Task[None]) -> None:
 
 async def test_what_has_closed_is_stored_with_its_book_and_told() -> None:
     async with just_closed(published_at=CLOSE + 3_000) as world:
-        told: list[StreamEvent] = []
-
-        async def listen() -> None:
-            async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
-                async for event in events:
-                    told.append(event)  # noqa: PERF401  what was told so far counts
-
-        listening = asyncio.create_task(listen())
-        await settle_loop()
+        told, listening = await subscribed(world)
         finishing = asyncio.create_task(world.manager.finish())
         await world.pass_time(5_000)
         await finishing
@@ -62,8 +73,7 @@ async def test_what_has_closed_is_stored_with_its_book_and_told() -> None:
         newest = await world.storage.get_latest_entry("crypto.com", "BTC")
         assert newest is not None
         assert (newest.timestamp, newest.order_book) == (PERIOD, book(CLOSE - 100))
-        closed = [event.entry for event in told if isinstance(event, ClosedCandle)]
-        assert closed == [newest]
+        assert closed_of(told) == [newest]
         listening.cancel()
         await asyncio.wait([listening])
 
@@ -72,15 +82,7 @@ async def test_what_is_stored_is_told_though_its_ledger_is_still_being_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with just_closed(published_at=CLOSE) as world:
-        told: list[StreamEvent] = []
-
-        async def listen() -> None:
-            async with aclosing(world.manager.stream_realtime_data("BTC")) as events:
-                async for event in events:
-                    told.append(event)  # noqa: PERF401  what was told so far counts
-
-        listening = asyncio.create_task(listen())
-        await settle_loop()
+        told, listening = await subscribed(world)
         # The disk holds the ledger up, and with it all that comes after it.
         let_go, write = asyncio.Event(), world.raw.write_blob
 
@@ -94,9 +96,7 @@ async def test_what_is_stored_is_told_though_its_ledger_is_still_being_written(
         assert await world.stored() == world.wanted(CLOSE)
         await world.manager.finish()
         await world.hub.until_read()
-        assert [event.entry.timestamp for event in told if isinstance(event, ClosedCandle)] == [
-            PERIOD
-        ]
+        assert [entry.timestamp for entry in closed_of(told)] == [PERIOD]
         let_go.set()
         listening.cancel()
         await asyncio.wait([listening])
@@ -145,6 +145,8 @@ async def test_an_exchange_that_says_nothing_can_be_given_up() -> None:
         finishing = asyncio.create_task(world.manager.finish())
         await world.pass_time(60_000)
         await given_up(finishing)
+        assert finishing.cancelled()
+        assert await world.stored() == world.wanted(PERIOD)
 
 
 async def test_where_nothing_is_open_nothing_is_asked() -> None:

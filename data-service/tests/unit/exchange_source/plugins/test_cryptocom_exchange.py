@@ -667,6 +667,12 @@ class Live:
         async with asyncio.timeout(5):
             return (await self.updates.get()).candle
 
+    async def hears(self, server: CryptoComServer, interval: str) -> bool:
+        """Whether the next candle that it is told is the one that the server sends now."""
+        sent = replace(candle(0), timestamp=Interval.parse(interval).floor(OPEN))
+        await server.send_candles(BTC, interval, sent)
+        return await self.next() == sent
+
 
 class TestCandleStream:
     async def test_updates_arrive_in_order_as_values(
@@ -761,10 +767,7 @@ class TestCandleStream:
         )
         assert server.channels == [first, second]
         for interval, live in lives.items():
-            length = Interval.parse(interval)
-            told = replace(candle(0), timestamp=length.floor(OPEN))
-            await server.send_candles(BTC, interval, told)
-            assert await live.next() == told
+            assert await live.hears(server, interval)
 
         # What is stopped is unsubscribed where it was subscribed, and its place is taken again.
         await lives.pop("5m").handle.stop()
@@ -787,9 +790,7 @@ class TestCandleStream:
         await server.sockets[0].close()
         with pytest.raises(ExchangeUnavailable):
             await ended(lost.handle)
-        told = replace(candle(0), timestamp=Interval.parse("5m").floor(OPEN))
-        await server.send_candles(BTC, "5m", told)
-        assert await kept.next() == told
+        assert await kept.hears(server, "5m")
 
     async def test_a_socket_that_is_mute_beside_others_is_broken_when_it_confirms_nothing(
         self,
@@ -802,15 +803,12 @@ class TestCandleStream:
         kept = [await Live().start(exchange, server, interval=name) for name in ("1m", "5m")]
         stopped = await Live().start(exchange, server, interval="15m")
         mute = await Live().start(exchange, server, interval="30m")
-        told = replace(candle(0), timestamp=Interval.parse("30m").floor(OPEN))
-        await server.send_candles(BTC, "30m", told)
-        assert await mute.next() == told
+        assert await mute.hears(server, "30m")
         server.acknowledge = False
         await stopped.handle.stop()
         with pytest.raises(ExchangeUnavailable, match="a connection is mute"):
             await ended(mute.handle)
-        await server.send_candles(BTC, "1m", candle(0))
-        assert await kept[0].next() == candle(0)
+        assert await kept[0].hears(server, "1m")
 
     async def test_a_stream_may_be_stopped_from_its_own_callback(
         self, exchange: CryptocomExchange, server: CryptoComServer
